@@ -5,7 +5,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 LICENSES = {'apache2': 'Apache-2.0'}
-STATUS = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+STATUS = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable',
+          '6 - Mature', '7 - Inactive']
 
 
 def read_settings():
