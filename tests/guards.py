@@ -124,7 +124,13 @@ def odd_directives(cell): return directives(cell) - DIRECTIVES
 def shown_edges(cells):
     "Code cells under a heading that ends in ` -` which nbdev would show without their heading"
     hidden = {'hide', *EXPORTS}
-    return [c.source for c,seen in visible(cells) if not seen and not directives(c) & hidden]
+    return [code_lines(c)[0] for c,seen in visible(cells) if not seen and not directives(c) & hidden]
+
+def mixed(cell):
+    "Does nbdev run this cell for the docs, because of an import, though it does more than import?"
+    if cell.cell_type!='code' or directives(cell) & EXPORTS or 'nbdev_export()' in cell.source: return False
+    kinds = {type(o) for t in parsed(cell) for o in ast.walk(t)}
+    return bool(kinds & {ast.Import, ast.ImportFrom}) and bool(kinds & {ast.Expr, ast.Assign})
 
 # Outputs
 

@@ -76,6 +76,11 @@ def test_edges_are_hidden(name):
     none(guards.shown_edges(cells(name)))
 
 @pytest.mark.parametrize('name', NBS)
+def test_imports_have_a_cell_of_their_own(name):
+    "nbdev runs every cell with an import to make the docs, and none of those that it stands on"
+    none(each(name, lambda c: c.source.splitlines()[:1] if guards.mixed(c) else []))
+
+@pytest.mark.parametrize('name', NBS)
 def test_outputs_are_kept_and_clean(name):
     none(each(name, guards.bad_outputs))
     none(c.source for c,seen in guards.visible(cells(name)) if seen and guards.lost_output(c))
@@ -137,6 +142,7 @@ def test_a_live_cell_is_not(cell): assert not guards.dead(cell)
 def test_other_faults_of_cells_are_found():
     assert guards.odd_directives(py('#| hides\n1'))=={'hides'}
     assert guards.shown_edges([md('## Edges -'), py('a'), py('#| hide\nb'), md('## Next'), py('c')])==['a']
+    assert guards.mixed(py('import a\na.b()')) and not guards.mixed(py('import a, b\nfrom c import d'))
     assert guards.long_lines('x'*121) and not guards.long_lines('x'*120)
     assert guards.lost_output(py('x + 1')) and guards.lost_output(py('print(x)'))
     assert not guards.lost_output(py('x', '1')) and not guards.lost_output(py('test_eq(a, b)'))

@@ -420,10 +420,18 @@ def write_html(site, dest):
 
 def installed(lib): return any(o.name==lib for o in entry_points(group='nbdev'))
 
+def first_lines(e, n=5): return '\n'.join(str(e).splitlines()[:n])
+
+def cause(e):
+    "The line that names the error behind `e`, which comes from another process as text"
+    lines = str(e.__cause__ or '').splitlines()
+    return next((o for o in lines if re.match(r'\w*(Error|Exception)\b: ', o)), '')
+
 def read_site(cfg):
     "Run nbdev's processing and read what it gave"
     refresh_quarto_yml()
-    proc = proc_nbs(force=True)
+    try: proc = proc_nbs(force=True)
+    except Exception as e: sys.exit(f'nbdev cannot process the notebooks: {first_lines(e)}\n{cause(e)}')
     files = sorted(o for o in proc.rglob('*') if o.suffix in ('.ipynb', '.qmd'))
     site = SimpleNamespace(root=cfg.config_path, nbs=cfg.nbs_path, proc=proc, blob=f'{cfg.git_url}/blob/{cfg.branch}',
                            url=f'{cfg.doc_host}{cfg.doc_baseurl}'.rstrip('/'))
