@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any
 
 import anyio
+from msgspec import structs
 from starlette.background import BackgroundTask as StarletteTask, BackgroundTasks as StarletteTasks
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -105,7 +106,7 @@ class BackgroundTask(StarletteTask):
         "Run until an attempt succeeds, the task cancels itself, or no retry is left."
         o,runner = self.options, self.options.runner or (None if self.is_async else 'thread')
         for attempt in count(1):
-            job = partial(replace, self.job, attempt=attempt) if attempt > 1 else lambda: self.job
+            job = partial(structs.replace, self.job, attempt=attempt) if attempt > 1 else lambda: self.job
             out = await run(self.func, args, kwargs, runner=runner, timeout=o.timeout, job=job, result=False)
             if out.error is None or isinstance(out.error, Cancel) or attempt > o.retries: return out.unwrap()
             wait = out.error.after if isinstance(out.error, Retry) and out.error.after is not None else o.backoff(attempt)

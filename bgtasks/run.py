@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from inspect import iscoroutine
@@ -22,6 +21,7 @@ from typing import Any
 import anyio
 from anyio import CapacityLimiter, from_thread, to_thread
 from anyio.lowlevel import RunVar, current_token
+from msgspec.structs import replace
 
 from .errors import BadOption, Cancel, NotPicklable, ProcessDied, RemoteError, Retry, TaskTimeout
 from .job import Job, Outcome, State, task_name
