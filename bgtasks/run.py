@@ -186,7 +186,17 @@ def _orphan_guard():
 
 def _begin_child():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.name=='posix': signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT]) # pebble lets it be ignored by now
     threading.Thread(target=_orphan_guard, daemon=True).start()
+
+def _start(pool):
+    "Start `pool` with Ctrl-C held back: its processes inherit that, and show no traceback while they still import."
+    if os.name!='posix': return
+    from multiprocessing import resource_tracker
+    resource_tracker.ensure_running() # else it starts along with the pool, and lets go of what we hold
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try: pool.active # asking starts it
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def _stop(pool):
     pool.stop()
@@ -206,6 +216,7 @@ def _get_pool():
             else: _stop(_pool)
             _pool = ProcessPool(_limits['processes'], initializer=_by_import(_begin_child),
                                 context=multiprocessing.get_context('spawn'))
+            _start(_pool)
         return _pool
 
 def _forget_pool():

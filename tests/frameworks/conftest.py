@@ -13,7 +13,7 @@ def backend(request): return request.param
 @pytest.fixture(params=[starlette.background, bgtasks], ids=['starlette', 'bgtasks'])
 def kind(request):
     "The classes that only differ in where they are imported from."
-    return SimpleNamespace(ours=request.param is bgtasks, Task=request.param.BackgroundTask, Tasks=request.param.BackgroundTasks)
+    return SimpleNamespace(Task=request.param.BackgroundTask, Tasks=request.param.BackgroundTasks)
 
 @pytest.fixture(scope='session', autouse=True)
 def pool():

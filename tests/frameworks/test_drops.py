@@ -59,7 +59,8 @@ def test_fastapi_runs_ours_added_to_its_own_group(backend, log, add):
     @app.get('/')
     async def home(tasks:FastAPITasks):
         tasks.add_task(add, 1)
-        tasks.tasks += [BackgroundTask(add, 2), BackgroundTasks([BackgroundTask(add, 3)]), BackgroundTask(add, 4).using(retries=1)]
+        tasks.tasks += [BackgroundTask(add, 2), BackgroundTasks([BackgroundTask(add, 3)])]
+        tasks.tasks.append(BackgroundTask(add, 4).using(retries=1))
         tasks.add_task(add, 5)
         return {}
     TestClient(app, backend=backend).get('/')
@@ -74,7 +75,8 @@ def test_fastapi_s_group_breaks_on_starlette_s_nested_group(log):
     assert log == [2]
 
 def test_our_tasks_always_have_what_starlette_s_have():
-    for task in (BackgroundTask(print), BackgroundTasks(), bgtasks.fastapi.BackgroundTasks(), BackgroundTask(print).using(timeout=1)):
+    task = BackgroundTask(print)
+    for task in (task, BackgroundTasks(), bgtasks.fastapi.BackgroundTasks(), BackgroundTasks([task]).using(timeout=1)):
         assert callable(task.func) and task.args==() and task.kwargs=={} and isinstance(task.is_async, bool)
         assert isinstance(task, starlette.background.BackgroundTask)
 
@@ -101,13 +103,13 @@ def test_ours_is_injected_at_every_level(backend, log, add):
         tasks.add_task(add, 'path').using(timeout=30)
         seen.append(tasks)
         return {}
-    client = TestClient(app, backend=backend)
-    client.get('/')
+    TestClient(app, backend=backend).get('/')
     assert log == ['sub', 'dep', 'path']
-    assert len({id(o) for o in seen})==1 and isinstance(seen[0], bgtasks.BackgroundTasks) and isinstance(seen[0], FastAPITasks)
-    assert 'parameters' not in client.get('/openapi.json').json()['paths']['/']['get']
+    assert len({id(o) for o in seen}) == 1
+    assert isinstance(seen[0], BackgroundTasks) and isinstance(seen[0], FastAPITasks)
+    assert 'parameters' not in app.openapi()['paths']['/']['get']
 
-# Fact 3: the drops. Each handler below loses `add('lost')`; under the middleware, `background(add, 'kept')` runs all the same
+# Fact 3: the drops. Each handler loses `add('lost')`; under the middleware, `background(add, 'kept')` runs all the same
 
 def lossy_fasthtml(add, response):
     app = fast_html()
@@ -145,7 +147,8 @@ drops = {
     'FastHTML beside a JSONResponse': (lambda add: lossy_fasthtml(add, lambda: JSONResponse({})), ['kept']),
     'FastHTML beside a RedirectResponse': (lambda add: lossy_fasthtml(add, lambda: RedirectResponse('/x')), ['kept']),
     'FastAPI, response with its own': (lambda add: lossy_fastapi(add, FastAPITasks), ['own', 'kept']),
-    'FastAPI with ours, response with its own': (lambda add: lossy_fastapi(add, bgtasks.fastapi.BackgroundTasks), ['own', 'kept']),
+    'FastAPI with ours, response with its own':
+        (lambda add: lossy_fastapi(add, bgtasks.fastapi.BackgroundTasks), ['own', 'kept']),
     'FastAPI, HTTPException': (lambda add: failing_fastapi(add, FastAPITasks), ['kept']),
     'FastAPI with ours, HTTPException': (lambda add: failing_fastapi(add, bgtasks.fastapi.BackgroundTasks), ['kept']),
     'Starlette, HTTPException': (failing_starlette, ['kept'])}

@@ -1,4 +1,4 @@
-"Starlette's contract: each test runs with its classes and with ours, on asyncio and on trio, so only the import changes."
+"Starlette's contract: each test runs with its classes and with ours, which differ in the import only."
 import threading
 from contextvars import ContextVar
 from functools import partial
@@ -46,7 +46,8 @@ def test_every_kind_of_function_runs_after_the_response(kind, visit, log, name):
 def test_the_attributes_of_a_task(kind, name):
     func = adders([])[name]
     task = kind.Task(func, 1, 2, b=3)
-    assert (task.func, task.args, task.kwargs, task.is_async) == (func, (1, 2), {'b':3}, 'async' in name or 'nested' in name)
+    want = 'async' in name or 'nested' in name
+    assert (task.func, task.args, task.kwargs, task.is_async) == (func, (1, 2), {'b':3}, want)
 
 def test_any_arguments_reach_the_function(kind, visit, log):
     async def note(*args, **kw): log.append((args, kw))
@@ -112,9 +113,10 @@ def test_a_group_in_a_group(kind, visit, log):
 
 @pytest.mark.parametrize('how', ['async', 'sync'])
 def test_a_failure_stops_those_after_it_and_reaches_the_server(kind, visit, log, how):
-    async def bad(): raise ValueError('no ink')
+    async def async_bad(): raise ValueError('no ink')
     def sync_bad(): raise ValueError('no ink')
-    tasks = kind.Tasks([kind.Task(log.append, 1), kind.Task(bad if how=='async' else sync_bad), kind.Task(log.append, 2)])
+    bad = async_bad if how=='async' else sync_bad
+    tasks = kind.Tasks([kind.Task(log.append, 1), kind.Task(bad), kind.Task(log.append, 2)])
     with pytest.raises(ValueError, match='no ink'): visit(Response('hello', background=tasks))
     assert log == ['start', 'body', 1]
     response = visit(Response('hello', background=tasks), raise_server_exceptions=False)

@@ -24,8 +24,11 @@ class Callable:
 class AsyncCallable:
     async def __call__(self, x): ran.append(x)
 
-funcs = dict(async_task=async_task, sync_task=sync_task, sync_partial=partial(sync_task), async_partial=partial(async_task),
-             callable=Callable(), async_callable=AsyncCallable(), method=ran.append, function=lambda x: ran.append(x))
+funcs = dict(async_task=async_task, sync_task=sync_task, async_partial=partial(async_task),
+             sync_partial=partial(sync_task), callable=Callable(), async_callable=AsyncCallable(), method=ran.append, function=lambda x: ran.append(x))
+
+options = pytest.mark.parametrize('options', [{}, dict(timeout=30), dict(runner='thread', retries=1)],
+                                  ids=['plain', 'timeout', 'thread'])
 
 @pytest.fixture
 def spans():
@@ -57,7 +60,7 @@ def own(spans, Tasks, *tasks, **options):
 def facts(span): return span.name, dict(span.attributes), span.status.status_code
 
 @pytest.mark.parametrize('name', funcs)
-@pytest.mark.parametrize('options', [{}, dict(timeout=30), dict(runner='thread', retries=1)], ids=['plain', 'timeout', 'thread'])
+@options
 def test_fastapi_s_spans(spans, backend, name, options):
     visit(own(spans, FastAPITasks, funcs[name]), backend)
     want = [facts(o) for o in spans()]
@@ -109,7 +112,7 @@ def page(make):
 def names(spans): return [o.name for o in spans()]
 
 @pytest.mark.parametrize('name', funcs)
-@pytest.mark.parametrize('options', [{}, dict(timeout=30), dict(runner='thread', retries=1)], ids=['plain', 'timeout', 'thread'])
+@options
 def test_span_names(instrument, spans, backend, name, options):
     apps = [page(lambda: starlette.background.BackgroundTask(funcs[name], 1)),
             page(lambda: BackgroundTask(funcs[name], 1).using(**options))]
