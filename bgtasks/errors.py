@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BgTasksError', 'BadTask', 'BadOption', 'TaskTimeout', 'NotPicklable', 'ProcessDied', 'RemoteError', 'NoMiddleware',
-           'Retry', 'Cancel']
+           'Retry', 'Cancel', 'Unusable']
 
 # %% ../nbs/api/01_errors.ipynb #9626a829
 from math import isfinite
@@ -69,3 +69,7 @@ class Cancel(Exception):
     ):
         super().__init__(why)
         self.why = why
+
+# %% ../nbs/api/01_errors.ipynb #15c09d28
+class Unusable(BgTasksError, ValueError):
+    "The recorded arguments don't fit the task as it is now, or its result can't be recorded."
