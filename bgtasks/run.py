@@ -28,9 +28,9 @@ from .job import Job, Outcome, State, task_name
 
 # %% ../nbs/api/20_run.ipynb #de0cf63c
 class _Run:
-    "One run of a function: its `job`, made when somebody asks, and whether its caller has `abandoned` it."
-    __slots__ = '_job', 'abandoned'
-    def __init__(self, job): self._job,self.abandoned = job,False
+    "One run of a function: its `job`, made when asked for, who hears of it, and whether its caller has `abandoned` it."
+    __slots__ = '_job', 'report', 'abandoned'
+    def __init__(self, job, report=None): self._job,self.report,self.abandoned = job,report,False
 
     @property
     def job(self):
@@ -60,16 +60,18 @@ async def run(
     args:Iterable=(),                   # Its positional arguments
     kwargs:Mapping[str, Any]|None=None, # Its keyword arguments
     *,
-    runner:str|None=None,               # `None` (the event loop), `'thread'` or `'process'`
+    runner:str|Callable|None=None,      # `None` (the event loop), `'thread'`, `'process'`, or a function like these
     timeout:float|None=None,            # Seconds it may run
     job:Job|Callable[[], Job]|None=None,# What `current_job()` gives inside; may be a function that makes it when asked
-    result:bool=True                    # Is the value wanted? If not, a process doesn't send it back
+    result:bool=True,                   # Is the value wanted? If not, a process doesn't send it back
+    report:Any=None                     # Takes the progress and the log of the task
 ) -> Outcome: # The value or the error; cancellation passes through
     "Run `func` once, where `runner` says, and give what came of it."
     args,kwargs = tuple(args),dict(kwargs or {})
-    this = _Run(job or partial(Job, task=task_name(func), args=args, kwargs=kwargs, state=State.running, attempt=1))
+    made = job or partial(Job, task=task_name(func), args=args, kwargs=kwargs, state=State.running, attempt=1)
+    this = _Run(made, report)
     token = _run.set(this)
-    try: return await _attempt(partial(_runners[runner], func, args, kwargs, timeout, result))
+    try: return await _attempt(partial(_runners.get(runner, runner), func, args, kwargs, timeout, result))
     finally:
         this.abandoned = True # whoever still runs in a thread after this is waited for by nobody
         _run.reset(token)
@@ -78,6 +80,7 @@ async def run(
 def _too_slow(func, timeout, then): return TaskTimeout(f'{task_name(func)} took longer than {timeout:g} s: {then}')
 
 async def _on_loop(func, args, kwargs, timeout, result):
+    if timeout is None: return await func(*args, **kwargs)
     with anyio.move_on_after(timeout) as scope: return await func(*args, **kwargs)
     raise _too_slow(func, timeout, 'it was cancelled')
 
@@ -167,17 +170,22 @@ def _unpack(call):
                            'must be importable there: not from a notebook, an interactive session or a function body.'
                           ) from None
 
-def _there(call, job, backend, result) -> bytes:
+def _answer(call, job, backend, result, report=None) -> bytes:
     "Run the packed `call` in this process and give its outcome as bytes, with the value only if a `result` is wanted."
     try:
         func,args,kwargs = _unpack(call)
-        _run.set(_Run(replace(job, args=args, kwargs=kwargs)))
+        _run.set(_Run(replace(job, args=args, kwargs=kwargs), report))
         value = _call(func, args, kwargs, backend=lambda: backend)
     except Exception as e: return pickle.dumps(Outcome(error=_homeward(e)))
     try: return pickle.dumps(Outcome(value if result else None))
     except Exception as e:
         why = f"{task_name(func)} ran, but its result ({type(value).__name__}) can't be sent back: {e}"
     return pickle.dumps(Outcome(error=NotPicklable(why)))
+
+def _there(*call, away=None) -> bytes:
+    "Give the answer to `call`; `away`, if there is one, opens the way back for what the task reports meanwhile."
+    if away is None: return _answer(*call)
+    with away.open() as report: return _answer(*call, report)
 
 # %% ../nbs/api/20_run.ipynb #b4c73276
 _pool,_pool_lock,_calls = None,threading.Lock(),set() # the calls that wait for an answer, as pebble's futures
@@ -274,10 +282,11 @@ def _no_start(func):
 # %% ../nbs/api/20_run.ipynb #cd2664b6
 async def _in_process(func, args, kwargs, timeout, result):
     from pebble import ProcessExpired
-    job = replace(_run.get().job, args=(), kwargs={})
+    this = _run.get()
+    job,away = replace(this.job, args=(), kwargs={}),dict(away=this.report.away()) if this.report else {}
     call = pack(func, args, kwargs), job, _backend(), result
     for _ in range(2):
-        await _finished(future := _get_pool().schedule(_by_import(_there), call, timeout=timeout))
+        await _finished(future := _get_pool().schedule(_by_import(_there), call, away, timeout=timeout))
         try: return pickle.loads(future.result()).unwrap()
         except BrokenProcessPool: continue
         except FutureTimeout: raise _too_slow(func, timeout, 'its process was killed') from None
