@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BgTasksError', 'BadTask', 'BadOption', 'TaskTimeout', 'NotPicklable', 'ProcessDied', 'RemoteError', 'NoMiddleware',
-           'Retry', 'Cancel', 'Unusable']
+           'StoreError', 'Retry', 'Cancel', 'Unusable']
 
 # %% ../nbs/api/01_errors.ipynb #9626a829
 from math import isfinite
@@ -46,6 +46,10 @@ class NoMiddleware(BgTasksError, RuntimeError):
     """`background()` works in a handler below BackgroundMiddleware, and there is none around this call.
 Add it to the app: `app.add_middleware(BackgroundMiddleware)` in Starlette, FastAPI and FastHTML, or
 `app = BackgroundMiddleware(app)` around any other ASGI app."""
+
+# %% ../nbs/api/01_errors.ipynb #72b1448e
+class StoreError(BgTasksError, RuntimeError):
+    "The store of jobs can't do what it was asked."
 
 # %% ../nbs/api/01_errors.ipynb #d2f24ac8
 class Retry(Exception):
