@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BgTasksError', 'BadTask', 'BadOption', 'TaskTimeout', 'NotPicklable', 'ProcessDied', 'RemoteError', 'NoMiddleware',
-           'StoreError', 'Retry', 'Cancel', 'Unusable']
+           'StoreError', 'BadArguments', 'TooLarge', 'UnknownJob', 'WaitTimeout', 'JobFailed', 'JobCancelled', 'Retry',
+           'Cancel', 'Unusable']
 
 # %% ../nbs/api/01_errors.ipynb #9626a829
 from math import isfinite
+from typing import Any
 
 # %% ../nbs/api/01_errors.ipynb #e2c34b2c
 class BgTasksError(Exception):
@@ -50,6 +52,27 @@ Add it to the app: `app.add_middleware(BackgroundMiddleware)` in Starlette, Fast
 # %% ../nbs/api/01_errors.ipynb #72b1448e
 class StoreError(BgTasksError, RuntimeError):
     "The store of jobs can't do what it was asked."
+
+# %% ../nbs/api/01_errors.ipynb #ef237159
+class BadArguments(BgTasksError, TypeError):
+    "The arguments don't fit the signature of the task, or can't be written down so that they come back as they are."
+
+class TooLarge(BgTasksError, ValueError):
+    "The arguments or the result of a job are larger than the queue takes."
+
+# %% ../nbs/api/01_errors.ipynb #6184beed
+class UnknownJob(BgTasksError, LookupError):
+    "The queue has no such job: it never had, or the job has ended and its `keep` time is over."
+
+class WaitTimeout(BgTasksError, TimeoutError):
+    "The job has not ended in the time that was given; it goes on, only the waiting is over."
+
+class JobFailed(BgTasksError, RuntimeError):
+    "The job has ended without a result."
+    job:Any = None # Its record
+
+class JobCancelled(JobFailed):
+    "The job was cancelled."
 
 # %% ../nbs/api/01_errors.ipynb #d2f24ac8
 class Retry(Exception):
