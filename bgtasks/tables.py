@@ -61,7 +61,9 @@ j.attempt, j.lost, j.crashes, j.retries, j.timeout, j.key, j.after, j.keep, j.va
 FROM jobs j JOIN lanes l USING(lane) """
 
 # %% ../nbs/api/14_tables.ipynb #49de3766
-def _maybe(text, type=Any): return None if text is None else json.decode(text, type=type)
+_call,_error,_progress = json.Decoder(tuple[list, dict]),json.Decoder(Failure),json.Decoder(Progress)
+
+def _maybe(text, decode=json.decode): return None if text is None else decode(text)
 
 def as_job(
     row:tuple # As `job_sql` selects it
@@ -69,11 +71,11 @@ def as_job(
     "Make a record of a row; raises `ValueError` or `TypeError` if the row can't be read."
     (id, task, queue, payload, st, priority, run_at, created, started, finished, attempt, lost, crashes, retries, timeout,
      key, after, keep, value, error, progress, worker, seq) = row
-    args,kwargs = json.decode(payload, type=tuple[list, dict])
+    args,kwargs = _call.decode(payload)
     return Job(id=id, task=task, queue=queue, args=tuple(args), kwargs=kwargs, state=states[st], priority=priority,
         run_at=run_at, created_at=created, started_at=started, finished_at=finished, attempt=attempt, lost=lost,
         crashes=crashes, retries=retries, timeout=timeout, key=key, after=tuple(_maybe(after) or ()), keep=keep,
-        result=_maybe(value), error=_maybe(error, Failure), progress=_maybe(progress, Progress), worker=worker, seq=seq)
+        result=_maybe(value), error=_maybe(error, _error.decode), progress=_maybe(progress, _progress.decode), worker=worker, seq=seq)
 
 def corrupt(
     e:Exception # What `as_job` raised
