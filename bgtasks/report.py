@@ -113,6 +113,14 @@ class Reports:
             if line is not None: self._lines.append((*key, *line))
         if first: self._wake()
 
+    def holds(self,
+        keys:Iterable[tuple[int, int]] # Attempts as (job, attempt)
+    ) -> bool:
+        "Is there something of one of these attempts to take?"
+        if not self._progress and not self._lines: return False
+        with self._lock: have = {*self._progress, *(o[:2] for o in self._lines)}
+        return not have.isdisjoint(keys)
+
     def take(self) -> tuple[list, list]: # Progress as (seq, attempt, progress), lines as (seq, attempt, level, text)
         "Give all that was reported since the last time."
         if not self._progress and not self._lines: return [],[]

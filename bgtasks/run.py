@@ -45,14 +45,6 @@ def current_job() -> Job|None: # `None` outside a task
     return getattr(_run.get(), 'job', None)
 
 # %% ../nbs/api/20_run.ipynb #40566f9d
-async def _attempt(call:Callable) -> Outcome:
-    "Await `call()` and turn what it gives or raises into an outcome."
-    start = perf_counter()
-    try: value = await call()
-    except Exception as e: return Outcome(error=e, seconds=perf_counter()-start)
-    return Outcome(value, seconds=perf_counter()-start)
-
-# %% ../nbs/api/20_run.ipynb #440506df
 _runners = {} # filled below: `None` for the event loop, 'thread', 'process'
 
 async def run(
@@ -71,7 +63,10 @@ async def run(
     made = job or partial(Job, task=task_name(func), args=args, kwargs=kwargs, state=State.running, attempt=1)
     this = _Run(made, report)
     token = _run.set(this)
-    try: return await _attempt(partial(_runners.get(runner, runner), func, args, kwargs, timeout, result))
+    start = perf_counter()
+    try: value = await _runners.get(runner, runner)(func, args, kwargs, timeout, result)
+    except Exception as e: return Outcome(error=e, seconds=perf_counter()-start)
+    else: return Outcome(value, seconds=perf_counter()-start)
     finally:
         this.abandoned = True # whoever still runs in a thread after this is waited for by nobody
         _run.reset(token)

@@ -37,7 +37,7 @@ def _work(calls, post, token):
 class Threads:
     "Run sync functions in threads of one event loop; pass it to `run` as the runner."
     def __init__(self):
-        self._calls,self._done,self._posted = SimpleQueue(),deque(),False # calls to do, outcomes to bring home, loop woken?
+        self._calls,self._done,self._posted = SimpleQueue(),deque(),False # to do; to bring home; is the loop told?
         self._out,self._n,self._loop = 0,0,None # calls under way, threads, the event loop
 
     def __repr__(self): return f'Threads({self._n})'
