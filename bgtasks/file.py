@@ -62,28 +62,29 @@ class SharedFile:
         path:str|Path,      # `':memory:'`, or a file, made if it isn't there
         sync:bool,          # Wait with each commit until the disk has it (fsync)?
         timeout:float,      # Seconds to wait for another process's lock
-        setup:Callable      # `setup(connection)`: bring the tables up to date; called in a transaction, for each process
+        setup:Callable      # `setup(connection)`: bring the tables up to date; called in a transaction
     ):
         self.memory = str(path)==':memory:'
         self.path = ':memory:' if self.memory else str(Path(path).absolute())
         self.sync,self.timeout,self.setup = sync,timeout,setup
         if not self.memory and (lib := apsw.sqlite_lib_version()) and tuple(map(int, lib.split('.'))) < (3, 51, 3):
-            raise StoreError(f'SQLite {lib} can corrupt a file that several connections write to (its WAL-reset bug, fixed in '
-                             '3.51.3). Upgrade apsw: pip install -U apsw')
+            raise StoreError(f'SQLite {lib} can corrupt a file that several connections write to (its WAL-reset bug, '
+                             'fixed in 3.51.3). Upgrade apsw: pip install -U apsw')
         self._open()
 
     def __repr__(self): return f'SharedFile({Path(self.path).name!r})'
 
     def _open(self):
-        self._pid,self._lock,self._rlock,self._locks,self._signals = os.getpid(),threading.RLock(),threading.RLock(),{},set()
+        self._pid,self._locks,self._signals = os.getpid(),{},set()
+        self._lock,self._rlock = threading.RLock(),threading.RLock()
         try:
             if not self.memory: _make_private(self.path)
             self._cx = self._connect()
             self.write(self.setup)
             self._rx = self._cx if self.memory else self._connect()
         except apsw.Error as e: raise _trouble(self.path, e) from None
-        except OSError as e: raise StoreError(f'{self.path}: can\'t be made ({e.strerror}); does its folder exist, and may this '
-                                              'user write there?') from None
+        except OSError as e: raise StoreError(f"{self.path}: can't be made ({e.strerror}); does its folder exist, and "
+                                              'may this user write there?') from None
         if self.memory: self._rlock = self._lock
 
     def _connect(self):
@@ -97,8 +98,8 @@ class SharedFile:
     def _check(self):
         "In a forked child, leave the parent's connections alone and open others."
         if self._pid == os.getpid(): return
-        if self.memory: raise StoreError('An in-memory queue lives in the process that made it, and this is a forked child. '
-                                         'Use a file: TaskQueue("tasks.db")')
+        if self.memory: raise StoreError('An in-memory queue lives in the process that made it, and this is a forked '
+                                         'child. Use a file: TaskQueue("tasks.db")')
         _from_parents.append((self._cx, self._rx))
         for fd in self._locks.values(): os.close(fd) # else this child would keep its parent's workers alive
         self._open()
@@ -167,8 +168,8 @@ def _watch(path) -> int:
     if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(path), 2) < 0: # 2: IN_MODIFY
         code = ctypes.get_errno()
         if fd >= 0: os.close(fd)
-        raise StoreError(f'{path}: can\'t be watched for commits ({os.strerror(code)}); if it is a limit of the system, raise '
-                         'fs.inotify.max_user_instances')
+        raise StoreError(f"{path}: can't be watched for commits ({os.strerror(code)}); if it is a limit of the system, "
+                         'raise fs.inotify.max_user_instances')
     return fd
 
 @patch

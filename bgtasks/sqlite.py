@@ -18,9 +18,9 @@ from msgspec import json, structs
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id
 from .job import Call, Done, Event, Failure, Job, Progress, State
-from bgtasks.tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, after_end, app_id, as_job, as_new_job, as_row,
-    await_parents, cancel_jobs, corrupt, ends, held, insert_sql, job_sql, json_in, json_list, note, readable, schemas,
-    states, take)
+from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, after_end, app_id, as_job, as_new_job,
+    as_row, await_parents, cancel_jobs, corrupt, ends, forget, held, insert_sql, job_sql, json_in, json_list,
+    keep_progress, note, prolong, readable, schemas, states, take)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 def _up_to_date(cx):
@@ -76,13 +76,9 @@ class SQLiteStore:
 
 # %% ../nbs/api/21_sqlite.ipynb #c4ae7b15
 @patch
-def _take(self:SQLiteStore, cx, jobs=0, events=0) -> tuple[int, int]:
-    seq,event,lanes = take(cx, jobs, events)
-    if lanes != self._lanes_at: self._read_lanes(cx, lanes)
-    return seq,event
-
-@patch
 def _read_lanes(self:SQLiteStore, cx, at):
+    "Read the lanes again, unless they are those of version `at` still."
+    if at == self._lanes_at: return
     self._lanes = {(t, q):n for n,t,q in cx.execute('SELECT lane,task,queue FROM lanes')}
     self._paused = {q for q, in cx.execute('SELECT queue FROM paused')}
     self._lanes_at = at
@@ -101,7 +97,8 @@ def _lane(self:SQLiteStore, cx, key) -> int:
 def _add(self:SQLiteStore, cx, calls):
     now = self.clock()
     if any(c.key is not None for c in calls): return self._add_keyed(cx, calls)
-    seq,event = self._take(cx, len(calls), len(calls))
+    seq,event,at = take(cx, len(calls), len(calls))
+    self._read_lanes(cx, at)
     lanes = {k: self._lane(cx, k) for k in {(c.task, c.queue) for c in calls}}
     cx.executemany(insert_sql, [as_row(c, n, lanes[c.task, c.queue], now) for n,c in enumerate(calls, seq)])
     note(cx, [(n, 'queued', 0, now, None) for n in range(seq, seq+len(calls))], event)
@@ -171,8 +168,7 @@ def waiting(self:SQLiteStore) -> dict[str, int]:
 # %% ../nbs/api/21_sqlite.ipynb #accccbb9
 @patch
 def _open_lanes(self:SQLiteStore, cx, tasks, queues) -> list[int]:
-    at = cx.execute('SELECT lanes FROM counter').fetchall()[0][0]
-    if at != self._lanes_at: self._read_lanes(cx, at)
+    self._read_lanes(cx, cx.execute('SELECT lanes FROM counter').fetchall()[0][0])
     return [n for (t, q),n in self._lanes.items()
             if t in tasks and q not in self._paused and (queues is None or q in queues)]
 
@@ -245,16 +241,10 @@ def finish(self:SQLiteStore, done:Sequence[Done]) -> list[bool]:
 
 # %% ../nbs/api/21_sqlite.ipynb #77a93f85
 @patch
-def _renew(self:SQLiteStore, cx, worker, jobs, lease):
-    ours = held(cx, jobs, worker)
-    cx.executemany('UPDATE jobs SET until=? WHERE seq=?', [(self.ticks()+lease, s) for s,_ in ours])
-    return [p for p in jobs if p not in ours]
-
-@patch
 def renew(self:SQLiteStore, worker:str, jobs:Iterable[tuple[int, int]], lease:float=30.0) -> list[tuple[int, int]]:
     "Prolong leases."
     jobs = [tuple(p) for p in jobs]
-    return self._write(self._renew, worker, jobs, lease) if jobs else []
+    return self._write(prolong, worker, jobs, self.ticks()+lease) if jobs else []
 
 @patch
 def join(self:SQLiteStore, worker:str):
@@ -262,14 +252,10 @@ def join(self:SQLiteStore, worker:str):
     self.file.lock(worker)
 
 @patch
-def _hand_back(self:SQLiteStore, cx, worker):
-    seqs = cx.execute('SELECT seq,attempt FROM jobs WHERE st=2 AND worker=?', (worker,)).fetchall()
-    return self._finish(cx, [Done(seq=s, attempt=a, state=State.queued, counts=False) for s,a in seqs])
-
-@patch
 def leave(self:SQLiteStore, worker:str):
     "Say that `worker` has ended in order; what it still holds is queued again at once."
-    self._write(self._hand_back, worker)
+    rows = self.file.read('SELECT seq,attempt FROM jobs WHERE st=2 AND worker=?', (worker,))
+    self.finish([Done(seq=s, attempt=a, state=State.queued, counts=False) for s,a in rows])
     self.file.unlock(worker)
 
 # %% ../nbs/api/21_sqlite.ipynb #231d7ab0
@@ -332,20 +318,19 @@ def retry(self:SQLiteStore, id:str) -> Job|None:
     "Queue a job again, with all its tries, due now; one that it was to run after is no longer waited for."
     return self._write(self._retry, id)
 
+def _set_pause(cx, sql, queue):
+    cx.execute(sql, (queue,))
+    cx.execute('UPDATE counter SET lanes=lanes+1')
+
 @patch
 def pause(self:SQLiteStore, queue:str):
     "Let no process claim from `queue` any more; what runs goes on."
-    self._write(self._set_pause, 'INSERT OR IGNORE INTO paused VALUES(?)', queue)
+    self._write(_set_pause, 'INSERT OR IGNORE INTO paused VALUES(?)', queue)
 
 @patch
 def resume(self:SQLiteStore, queue:str):
     "End a pause."
-    self._write(self._set_pause, 'DELETE FROM paused WHERE queue=?', queue)
-
-@patch
-def _set_pause(self:SQLiteStore, cx, sql, queue):
-    cx.execute(sql, (queue,))
-    cx.execute('UPDATE counter SET lanes=lanes+1')
+    self._write(_set_pause, 'DELETE FROM paused WHERE queue=?', queue)
 
 @patch
 def paused(self:SQLiteStore) -> list[str]:
@@ -354,16 +339,9 @@ def paused(self:SQLiteStore) -> list[str]:
 
 # %% ../nbs/api/21_sqlite.ipynb #a5667291
 @patch
-def _progress(self:SQLiteStore, cx, reports):
-    running,now = held(cx, [(s, a) for s,a,_ in reports]),self.clock()
-    rows = [(json.encode(p), s, a) for s,a,p in reports if (s, a) in running]
-    cx.executemany('UPDATE jobs SET progress=? WHERE seq=?', [(p, s) for p,s,_ in rows])
-    note(cx, [(s, 'progress', a, now, p) for p,s,a in rows])
-
-@patch
 def progress(self:SQLiteStore, reports:Sequence[tuple[int, int, Progress]]):
     "Keep the progress of running attempts."
-    if reports: self._write(self._progress, reports)
+    if reports: self._write(keep_progress, reports, self.clock())
 
 @patch
 def log(self:SQLiteStore, lines:Sequence[tuple[int, int, str, str]]):
@@ -388,24 +366,17 @@ def last_event(self:SQLiteStore) -> int:
 
 # %% ../nbs/api/21_sqlite.ipynb #ac3dfc6d
 @patch
-def _forget(self:SQLiteStore, cx, sql, args):
-    seqs = json_list(s for s, in cx.execute(sql, args).fetchall())
-    for table,column in (('events', 'seq'), ('deps', 'child'), ('jobs', 'seq')):
-        cx.execute(f'DELETE FROM {table} WHERE {column} {json_in}', (seqs,))
-    return cx.changes()
-
-@patch
 def prune(self:SQLiteStore, limit:int=1000) -> int:
     "Forget jobs whose `keep` time is over."
     sql = ' UNION ALL '.join(f'SELECT seq FROM jobs WHERE st>=4 AND st={st} AND until<=?1' for st in ends.values())
     if not self.file.read(sql + ' LIMIT 1', (self.clock(),)): return 0
-    return self._write(self._forget, sql + ' LIMIT ?2', (self.clock(), limit))
+    return self._write(forget, sql + ' LIMIT ?2', (self.clock(), limit))
 
 @patch
 def purge(self:SQLiteStore, older_than:float, limit:int=1000) -> int:
     "Forget jobs that ended long ago, whatever their `keep`."
     sql = 'SELECT seq FROM jobs WHERE st>=4 AND finished_at<=? LIMIT ?'
-    return self._write(self._forget, sql, (self.clock()-older_than, limit))
+    return self._write(forget, sql, (self.clock()-older_than, limit))
 
 # %% ../nbs/api/21_sqlite.ipynb #c69163ec
 @patch

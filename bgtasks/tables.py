@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'app_id', 'schemas',
            'json_in', 'job_sql', 'insert_sql', 'json_list', 'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job',
-           'take', 'note', 'held', 'cancel_jobs', 'after_end', 'await_parents']
+           'take', 'note', 'held', 'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Iterable
@@ -56,9 +56,9 @@ def json_list(
     return json.encode(list(values)).decode()
 
 json_in = 'IN (SELECT value FROM json_each(?))'
-job_sql = """SELECT j.id, l.task, l.queue, j.payload, j.st, j.priority, j.run_at, j.created_at, j.started_at, j.finished_at,
-j.attempt, j.lost, j.crashes, j.retries, j.timeout, j.key, j.after, j.keep, j.value, j.error, j.progress, j.worker, j.seq
-FROM jobs j JOIN lanes l USING(lane) """
+job_sql = """SELECT j.id, l.task, l.queue, j.payload, j.st, j.priority, j.run_at, j.created_at, j.started_at,
+j.finished_at, j.attempt, j.lost, j.crashes, j.retries, j.timeout, j.key, j.after, j.keep, j.value, j.error, j.progress,
+j.worker, j.seq FROM jobs j JOIN lanes l USING(lane) """
 
 # %% ../nbs/api/14_tables.ipynb #49de3766
 _call,_error,_progress = json.Decoder(tuple[list, dict]),json.Decoder(Failure),json.Decoder(Progress)
@@ -69,13 +69,14 @@ def as_job(
     row:tuple # As `job_sql` selects it
 ) -> Job:
     "Make a record of a row; raises `ValueError` or `TypeError` if the row can't be read."
-    (id, task, queue, payload, st, priority, run_at, created, started, finished, attempt, lost, crashes, retries, timeout,
-     key, after, keep, value, error, progress, worker, seq) = row
+    (id, task, queue, payload, st, priority, run_at, created, started, finished, attempt, lost, crashes, retries,
+     timeout, key, after, keep, value, error, progress, worker, seq) = row
     args,kwargs = _call.decode(payload)
     return Job(id=id, task=task, queue=queue, args=tuple(args), kwargs=kwargs, state=states[st], priority=priority,
         run_at=run_at, created_at=created, started_at=started, finished_at=finished, attempt=attempt, lost=lost,
         crashes=crashes, retries=retries, timeout=timeout, key=key, after=tuple(_maybe(after) or ()), keep=keep,
-        result=_maybe(value), error=_maybe(error, _error.decode), progress=_maybe(progress, _progress.decode), worker=worker, seq=seq)
+        result=_maybe(value), error=_maybe(error, _error.decode), progress=_maybe(progress, _progress.decode),
+        worker=worker, seq=seq)
 
 def corrupt(
     e:Exception # What `as_job` raised
@@ -148,8 +149,32 @@ def held(
 ) -> set[tuple[int, int]]:
     "Which of these attempts still run: the fence."
     pairs = list(pairs)
-    rows = cx.execute(f'SELECT seq,attempt,worker FROM jobs WHERE st=2 AND seq {json_in}', (json_list(s for s,_ in pairs),))
+    sql = f'SELECT seq,attempt,worker FROM jobs WHERE st=2 AND seq {json_in}'
+    rows = cx.execute(sql, (json_list(s for s,_ in pairs),))
     return {(s, a) for s,a,w in rows.fetchall() if worker is None or w==worker}.intersection(pairs)
+
+# %% ../nbs/api/14_tables.ipynb #163f74ef
+def prolong(
+    cx:Any,                         # A connection in a transaction
+    worker:str,                     # Its name
+    pairs:list[tuple[int, int]],    # (seq, attempt) of what it thinks it holds
+    until:float                     # New end of the leases
+) -> list[tuple[int, int]]: # Those that it no longer holds
+    "Prolong leases."
+    ours = held(cx, pairs, worker)
+    cx.executemany('UPDATE jobs SET until=? WHERE seq=?', [(until, s) for s,_ in ours])
+    return [p for p in pairs if p not in ours]
+
+def keep_progress(
+    cx:Any,                                     # A connection in a transaction
+    reports:list[tuple[int, int, Progress]],    # (seq, attempt, how far)
+    now:float                                   # Seconds since 1970
+):
+    "Write the progress of running attempts and log it."
+    running = held(cx, [(s, a) for s,a,_ in reports])
+    rows = [(json.encode(p), s, a) for s,a,p in reports if (s, a) in running]
+    cx.executemany('UPDATE jobs SET progress=? WHERE seq=?', [(p, s) for p,s,_ in rows])
+    note(cx, [(s, 'progress', a, now, p) for p,s,a in rows])
 
 # %% ../nbs/api/14_tables.ipynb #1625de13
 _lost = 'it was to run after job {}, which did not succeed'
@@ -183,7 +208,8 @@ def after_end(
     "Let those run that waited for jobs which have succeeded; cancel those that waited for the others."
     children = [c for _,c in _children(cx, succeeded)]
     cx.executemany('UPDATE jobs SET waits=waits-1 WHERE seq=?', [(c,) for c in children])
-    cx.executemany('UPDATE jobs SET st=iif(run_at>?,0,1) WHERE seq=? AND st=3 AND waits=0', [(now, c) for c in children])
+    sql = 'UPDATE jobs SET st=iif(run_at>?,0,1) WHERE seq=? AND st=3 AND waits=0'
+    cx.executemany(sql, [(now, c) for c in children])
     if pairs := _children(cx, failed):
         names = dict(cx.execute(f'SELECT seq,id FROM jobs WHERE seq {json_in}', (json_list(failed),)).fetchall())
         cancel_jobs(cx, {c: _lost.format(names[p]) for p,c in pairs}, now)
@@ -203,3 +229,15 @@ def await_parents(
     cx.executemany('INSERT INTO deps(parent,child) VALUES(?,?)', [(s, job.seq) for s in waits])
     sql = 'UPDATE jobs SET waits=?1' if waits else 'UPDATE jobs SET waits=?1, st=iif(run_at>?2,0,1)'
     cx.execute(sql + ' WHERE seq=?3', (len(waits), now, job.seq))
+
+# %% ../nbs/api/14_tables.ipynb #4a380adb
+def forget(
+    cx:Any,     # A connection in a transaction
+    sql:str,    # Selects the `seq` of those to forget
+    args:tuple  # Its values
+) -> int: # How many
+    "Delete jobs with their events and their waiting."
+    seqs = json_list(s for s, in cx.execute(sql, args).fetchall())
+    for table,column in (('events', 'seq'), ('deps', 'child'), ('jobs', 'seq')):
+        cx.execute(f'DELETE FROM {table} WHERE {column} {json_in}', (seqs,))
+    return cx.changes()
