@@ -192,12 +192,12 @@ def cancel_jobs(
     "Cancel unfinished jobs, and whatever waits for them."
     while why:
         errors = {s: json.encode(Failure('Cancelled', w)) for s,w in why.items()}
-        cx.executemany('UPDATE jobs SET st=6, finished_at=?, until=?+keep, error=? WHERE seq=? AND st<4',
-                       [(now, now, e, s) for s,e in errors.items()])
-        told = cx.execute(f'SELECT seq,id,attempt FROM jobs WHERE seq {json_in}', (json_list(why),)).fetchall()
+        told = cx.execute(f'SELECT seq,id,attempt FROM jobs WHERE st<4 AND seq {json_in}', (json_list(why),)).fetchall()
+        cx.executemany('UPDATE jobs SET st=6, finished_at=?, until=?+keep, error=? WHERE seq=?',
+                       [(now, now, errors[s], s) for s,_,_ in told])
         note(cx, [(s, 'cancelled', a, now, errors[s]) for s,_,a in told])
         names = {s:i for s,i,_ in told}
-        why = {c: _lost.format(names[p]) for p,c in _children(cx, list(why))}
+        why = {c: _lost.format(names[p]) for p,c in _children(cx, list(names))}
 
 def after_end(
     cx:Any,             # A connection in a transaction
