@@ -35,7 +35,8 @@ class ModelStore:
         self._note(row, state)
         for child in [r for r in self.rows.values() if row.id in r.parents and r.state is State.queued]:
             child.parents.discard(row.id)
-            if state is not State.succeeded: self._end(child, State.cancelled, error=Failure('Cancelled', f'after {row.id}'))
+            gone = Failure('Cancelled', f'after {row.id}')
+            if state is not State.succeeded: self._end(child, State.cancelled, error=gone)
             elif not child.parents: child.ready = child.run_at <= now
 
     def _queue(self, row, **kw):
@@ -54,9 +55,9 @@ class ModelStore:
         now,(args, kwargs) = self.clock(),json.decode(c.payload)
         self.seq += 1
         run_at = now if c.run_at is None else c.run_at
-        row = self.rows[c.id] = Row(Job(id=c.id, task=c.task, queue=c.queue, args=tuple(args), kwargs=kwargs, run_at=run_at,
-            priority=c.priority, created_at=now, retries=c.retries, timeout=c.timeout, key=c.key, after=c.after, keep=c.keep,
-            seq=self.seq), run_at <= now)
+        row = self.rows[c.id] = Row(Job(id=c.id, task=c.task, queue=c.queue, args=tuple(args), kwargs=kwargs,
+            run_at=run_at, priority=c.priority, created_at=now, retries=c.retries, timeout=c.timeout, key=c.key,
+            after=c.after, keep=c.keep, seq=self.seq), run_at <= now)
         self._note(row, State.queued)
         row.parents = {i for i in c.after if getattr(self.get(i), 'state', None) is not State.succeeded}
         for i in c.after:
@@ -102,7 +103,9 @@ class ModelStore:
 
     def progress(self, reports):
         for s,a,p in reports:
-            if self._runs(s, a): self._of(s).set(progress=p); self._note(self._of(s), 'progress', json.decode(json.encode(p)))
+            if not self._runs(s, a): continue
+            self._of(s).set(progress=p)
+            self._note(self._of(s), 'progress', json.decode(json.encode(p)))
     def log(self, lines):
         for s,a,level,text in lines: self._note(self._of(s), 'log', dict(level=level, text=text), a)
 

@@ -18,8 +18,8 @@ from model_store import ModelStore
 
 LONG = bool(os.environ.get('BGTASKS_LONG'))
 TASKS,QUEUES,WORKERS = ('t', 'u'), ('a', 'b'), ('w1', 'w2', 'w3')
-MAY_FOLLOW = {None: {'queued'}, 'queued': {'running', 'cancelled'}, 'running': {'succeeded', 'dead', 'cancelled', 'queued'},
-              'succeeded': set(), 'dead': {'queued'}, 'cancelled': {'queued'}} # DESIGN, section 3; `retry` queues again
+MAY_FOLLOW = {None: {'queued'}, 'queued': {'running', 'cancelled'},
+              'running': {'succeeded', 'dead', 'cancelled', 'queued'}, 'succeeded': set(), 'dead': {'queued'}, 'cancelled': {'queued'}} # DESIGN, section 3; `retry` queues again
 
 some = lambda xs: st.lists(st.sampled_from(xs), min_size=1, max_size=len(xs), unique=True)
 workers = st.sampled_from(WORKERS)
@@ -72,7 +72,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.n += 1
             calls.append(Call(id=f'j{self.n}', payload=b'[[1],{"x":2}]', **data.draw(st.fixed_dictionaries(dict(
                 task=st.sampled_from(TASKS), queue=st.sampled_from(QUEUES), priority=st.integers(0, 2),
-                retries=st.integers(0, 2), keep=st.sampled_from([0.0, 30.0, 1e6]), key=st.sampled_from([None, None, 'k1', 'k2']),
+                retries=st.integers(0, 2), keep=st.sampled_from([0.0, 30.0, 1e6]),
+                key=st.sampled_from([None, None, 'k1', 'k2']),
                 run_at=st.sampled_from([None, None, self.now-5, self.now+5, self.now+3000]),
                 after=st.just(()) | st.lists(st.sampled_from(known), max_size=2, unique=True).map(tuple))))))
             known.append(calls[-1].id)
@@ -112,14 +113,15 @@ class StoreMachine(RuleBasedStateMachine):
             self.live[j.seq] = self.mono + lease
         return multiple(*[(worker, j.seq, j.attempt) for j in got])
 
-    @rule(held=st.lists(attempts, min_size=1, max_size=4, unique=True), worker=workers, lease=st.sampled_from([5.0, 30.0]))
+    @rule(held=st.lists(attempts, min_size=1, max_size=4, unique=True), worker=workers,
+          lease=st.sampled_from([5.0, 30.0]))
     def renew(self, held, worker, lease):
         pairs = list(dict.fromkeys((s, a) for _,s,a in held))
         lost = self.both('renew', worker, pairs, lease)
         for s,_ in set(pairs) - set(lost): self.live[s] = self.mono + lease
 
-    @rule(held=st.lists(attempts, min_size=1, max_size=4), state=st.sampled_from(
-          [State.succeeded, State.succeeded, State.dead, State.cancelled, State.queued]), counts=st.booleans(), wait=st.sampled_from([None, 0, 20]))
+    @rule(held=st.lists(attempts, min_size=1, max_size=4), counts=st.booleans(), wait=st.sampled_from([None, 0, 20]),
+          state=st.sampled_from([State.succeeded, State.succeeded, State.dead, State.cancelled, State.queued]))
     def finish(self, held, state, counts, wait):
         "At any time, however late, and even twice in one list"
         ok = state is State.succeeded
