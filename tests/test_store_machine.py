@@ -19,10 +19,12 @@ from model_store import ModelStore
 LONG = bool(os.environ.get('BGTASKS_LONG'))
 TASKS,QUEUES,WORKERS = ('t', 'u'), ('a', 'b'), ('w1', 'w2', 'w3')
 MAY_FOLLOW = {None: {'queued'}, 'queued': {'running', 'cancelled'},
-              'running': {'succeeded', 'dead', 'cancelled', 'queued'}, 'succeeded': set(), 'dead': {'queued'}, 'cancelled': {'queued'}} # DESIGN, section 3; `retry` queues again
+              'running': {'succeeded', 'dead', 'cancelled', 'queued'}, 'succeeded': set(),
+              'dead': {'queued'}, 'cancelled': {'queued'}} # `retry` queues these again
 
 some = lambda xs: st.lists(st.sampled_from(xs), min_size=1, max_size=len(xs), unique=True)
 workers = st.sampled_from(WORKERS)
+verdicts = st.sampled_from([State.succeeded, State.succeeded, State.dead, State.cancelled, State.queued])
 
 def plain(job):
     "A job without the wording of its error, which the model doesn't know"
@@ -121,7 +123,7 @@ class StoreMachine(RuleBasedStateMachine):
         for s,_ in set(pairs) - set(lost): self.live[s] = self.mono + lease
 
     @rule(held=st.lists(attempts, min_size=1, max_size=4), counts=st.booleans(), wait=st.sampled_from([None, 0, 20]),
-          state=st.sampled_from([State.succeeded, State.succeeded, State.dead, State.cancelled, State.queued]))
+          state=verdicts)
     def finish(self, held, state, counts, wait):
         "At any time, however late, and even twice in one list"
         ok = state is State.succeeded

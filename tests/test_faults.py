@@ -1,0 +1,262 @@
+"What can go wrong with the file, the disk, the clock and the processes: a clear error, and nothing lost."
+import os, signal, subprocess, sys, textwrap, time
+from pathlib import Path
+
+import apsw, pytest
+
+from bgtasks.errors import StoreError
+from bgtasks.job import Call, Done, State, new_id
+from bgtasks.queue import TaskQueue
+from bgtasks.sqlite import SQLiteStore
+from bgtasks.worker import Worker
+
+ROOT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(sys.platform=='win32', reason='a thing of POSIX systems')
+
+def calls(n=1, **kw): return [Call(id=new_id(), task='t', payload=b'[[],{}]', **kw) for _ in range(n)]
+def finish(store, *jobs): return store.finish([Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs])
+def claim(store, n=100): return store.claim('w', ['t'], limit=n)
+def sound(path): return apsw.Connection(str(path)).pragma('integrity_check')=='ok'
+
+HEAD = '''
+import os, signal, sys, time
+from bgtasks.errors import StoreError
+from bgtasks.job import Call, Done, State, new_id
+from bgtasks.sqlite import SQLiteStore
+def calls(n=1, size=0): return [Call(id=new_id(), task='t', payload=b'[["%s"],{}]' % (b'x'*size)) for _ in range(n)]
+'''
+
+def python(code, *args, **kw):
+    "A process that runs `code`"
+    env = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+    return subprocess.Popen([sys.executable, '-c', HEAD+textwrap.dedent(code), *map(str, args)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+def ran(code, *args, code_=0, **kw):
+    "What a process printed that ran `code` to its end"
+    p = python(code, *args, **kw)
+    out,err = p.communicate(timeout=120)
+    assert p.returncode==code_, err
+    return out.split()
+
+@pytest.fixture
+def path(tmp_path): return tmp_path/'q.db'
+
+# The file
+
+@pytest.mark.parametrize('content', [b'name,price\n'*200, b'\0'*4096, b'SQLite format 3\0' + b'\xff'*4080])
+def test_not_a_database(path, content):
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match='q.db'): SQLiteStore(path)
+    assert path.read_bytes()==content
+
+def test_the_database_of_another_program(path):
+    cx = apsw.Connection(str(path)); cx.execute('CREATE TABLE mine(x); INSERT INTO mine VALUES(1)'); cx.close()
+    with pytest.raises(StoreError, match='another program'): SQLiteStore(path)
+    assert apsw.Connection(str(path)).execute('SELECT x FROM mine').fetchall()==[(1,)]
+
+def test_a_newer_version_is_refused_and_left_alone(path):
+    store = SQLiteStore(path); a, = store.add(calls()); store.close()
+    cx = apsw.Connection(str(path)); now = cx.pragma('user_version'); cx.pragma('user_version', now+1); cx.close()
+    with pytest.raises(StoreError, match='newer bgtasks.*Upgrade'): SQLiteStore(path)
+    cx = apsw.Connection(str(path)); assert cx.pragma('user_version')==now+1; cx.pragma('user_version', now); cx.close()
+    assert SQLiteStore(path).get(a.id)==a
+
+def test_a_folder_that_is_not_there_or_is_a_file(tmp_path):
+    with pytest.raises(StoreError, match='folder'): SQLiteStore(tmp_path/'none'/'q.db')
+    (tmp_path/'file').write_text('')
+    with pytest.raises(StoreError): SQLiteStore(tmp_path/'file'/'q.db')
+    with pytest.raises(StoreError): SQLiteStore(tmp_path)
+
+@posix
+def test_a_file_that_may_not_be_written(path):
+    SQLiteStore(path).close()
+    before = path.read_bytes()
+    path.chmod(0o400); path.parent.chmod(0o500)
+    try:
+        code = '''
+            if os.getuid()==0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
+            try: SQLiteStore(sys.argv[1]).add(calls())
+            except StoreError as e: print('refused')
+            '''
+        assert ran(code, path)==['refused']
+    finally: path.parent.chmod(0o700); path.chmod(0o600)
+    assert path.read_bytes()==before
+
+@posix
+def test_only_the_owner_may_read_it(path):
+    store = SQLiteStore(path); store.join('w'); store.add(calls())
+    for o in path.parent.iterdir(): assert not o.stat().st_mode & 0o077, o
+
+def test_a_lock_that_nobody_releases(path):
+    store = SQLiteStore(path, timeout=.2)
+    a, = store.add(calls())
+    other = apsw.Connection(str(path)); other.execute('BEGIN IMMEDIATE')
+    for verb in (lambda: store.add(calls()), lambda: store.cancel(a.id)):
+        with pytest.raises(StoreError, match='locked'): verb()
+    assert store.get(a.id)==a and store.counts()[State.queued]==1 # reading goes on meanwhile
+    other.execute('ROLLBACK')
+    assert len(store.add(calls()))==1 and store.counts()[State.queued]==2
+
+def test_processes_that_make_the_file_at_once(path):
+    procs = [python('SQLiteStore(sys.argv[1]).add(calls(3)); print("ok")', path) for _ in range(8)]
+    assert [p.communicate(timeout=120)[0] for p in procs]==['ok\n']*8
+    assert SQLiteStore(path).counts()[State.queued]==24 and sound(path)
+
+# The disk
+
+@posix
+def test_a_full_disk_refuses_and_keeps_what_was_accepted(path):
+    code = '''
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        store = SQLiteStore(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY))
+        for n in range(1000):
+            try: ids = [j.id for j in store.add(calls(5, 20_000))]
+            except StoreError: break
+            print(*ids)
+        else: sys.exit('it never got full')
+        held = store.counts()
+        assert held['queued']==5*n, held
+        for _ in range(3): # it stays so, and does no harm
+            try: store.add(calls(5, 20_000)); sys.exit('the disk is full, and yet it wrote')
+            except StoreError: assert store.counts()==held
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(*[j.id for j in store.add(calls(5, 20_000))]) # there is room again: the same store goes on
+        '''
+    ids,store = ran(code, path),SQLiteStore(path)
+    assert len(ids) > 20 and sorted(ids)==sorted(j.id for j in store.find(limit=10**6)) and sound(path)
+
+def test_errors_of_reading_and_writing_are_told(path, monkeypatch):
+    store = SQLiteStore(path)
+    a, = store.add(calls())
+    def broken(*_): raise apsw.IOError('disk I/O error')
+    with pytest.raises(StoreError, match='look at the disk'): store.file.write(broken)
+    assert store.get(a.id)==a and len(store.add(calls()))==1
+
+def test_a_corrupted_row_costs_only_its_own_job(path):
+    store = SQLiteStore(path)
+    jobs = store.add(calls(4))
+    cx = apsw.Connection(str(path))
+    bad = [(b'\xff\xfe', jobs[0].id), (b'{', jobs[1].id), (b'[1,2,3]', jobs[2].id)]
+    cx.executemany('UPDATE jobs SET payload=? WHERE id=?', bad)
+    cx.close()
+    assert [j.id for j in claim(store)]==[jobs[3].id]
+    assert [store.get(j.id).state for j in jobs]==['dead']*3 + ['running']
+    assert all(store.get(j.id).error.message for j in jobs[:3]) and len(store.find())==4
+
+def test_damage_in_the_file_is_told(path):
+    store = SQLiteStore(path); store.add(calls(2000)); store.close()
+    with open(path, 'r+b') as f: f.seek(8192); f.write(os.urandom(os.path.getsize(path)-8192))
+    with pytest.raises(StoreError, match='damaged|not an SQLite'):
+        store = SQLiteStore(path); store.find(limit=5000); store.add(calls(100))
+
+# Processes
+
+@posix
+def test_a_fork_with_an_open_store(path):
+    code = '''
+        store = SQLiteStore(sys.argv[1]); store.join('parent')
+        a, = store.add(calls())
+        if (child := os.fork())==0:
+            b, = store.add(calls())
+            store.join('child')
+            ok = store.get(a.id)==a and [j.id for j in store.claim('child', ['t'], limit=9)]==[a.id, b.id]
+            store.close()
+            os._exit(0 if ok else 3)
+        status = os.waitpid(child, 0)[1]
+        print(status, len(store.add(calls())), len(store.sweep())) # the child is dead; the parent's own locks hold
+        '''
+    assert ran(code, path)==['0', '1', '2']
+    assert sound(path)
+
+def test_a_fork_with_a_store_in_memory():
+    if not hasattr(os, 'fork'): pytest.skip('no fork here')
+    code = '''
+        store = SQLiteStore(); store.add(calls())
+        if (child := os.fork())==0:
+            try: store.counts()
+            except StoreError as e: os._exit(0 if 'file' in str(e) else 3)
+            os._exit(4)
+        print(os.waitpid(child, 0)[1], store.counts()['queued'])
+        '''
+    assert ran(code)==['0', '1']
+
+STEPS = ['add', 'claim', 'renew', 'finish', 'leave']
+
+@posix
+@pytest.mark.parametrize('when', ['before', 'inside', 'after'])
+@pytest.mark.parametrize('verb', STEPS)
+def test_killed_between_each_two_steps(path, verb, when):
+    "A process does all the flow and is killed at one point of it; another one finishes what was accepted"
+    code = '''
+        path,verb,when = sys.argv[1:]
+        def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+        real = getattr(SQLiteStore, verb)
+        def wrapped(self, *args, **kw):
+            if when=='before': die()
+            if when=='inside': self.file._cx.set_commit_hook(die) # all is written but the commit
+            res = real(self, *args, **kw)
+            die()
+        store = SQLiteStore(path)
+        def at(name): # the verb is deadly from its second use on
+            if name==verb: setattr(SQLiteStore, verb, wrapped)
+        store.join('w')
+        for n in (1, 2):
+            if n==2: at('add')
+            print(*[j.id for j in store.add(calls(2))], flush=True)
+            if n==2: at('claim')
+            jobs = store.claim('w', ['t'], limit=2)
+            if n==2: at('renew')
+            store.renew('w', [(j.seq, j.attempt) for j in jobs])
+            if n==2: at('finish')
+            store.finish([Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs[:1]])
+        at('leave')
+        store.leave('w')
+        '''
+    accepted = ran(code, path, verb, when, code_=-signal.SIGKILL)
+    store = SQLiteStore(path)
+    assert all(store.get(i) for i in accepted)
+    swept = store.sweep() # it is told at once: no lease has to run out
+    assert {j.state for j in swept} <= {'queued'} and not store.counts()[State.running]
+    while jobs := claim(store): assert all(finish(store, *jobs))
+    assert {store.get(i).state for i in accepted}=={'succeeded'}
+    assert store.counts()[State.succeeded] >= len(accepted) and sound(path)
+
+# Tasks and clocks
+
+@pytest.fixture
+def anyio_backend(): return 'asyncio'
+
+@pytest.mark.anyio
+async def test_a_task_that_nobody_knows_waits_and_is_listed(anyio_backend, path):
+    with TaskQueue(SQLiteStore(path)) as old: gone = old.task(name='gone')(lambda: 1).enqueue()
+    with TaskQueue(SQLiteStore(path)) as new:
+        here = new.task(name='here')(lambda: 2).enqueue()
+        await Worker(new).run(until_empty=True)
+        assert new.result(here)==2 and new.get(gone).state=='queued' and new.store.waiting()=={'gone': 1}
+        new.task(name='gone')(lambda: 3)
+        await Worker(new).run(until_empty=True)
+        assert new.result(gone)==3
+
+@pytest.mark.parametrize('step', [-3600, 3600, -10**7, 10**7])
+def test_a_clock_that_is_set(path, step):
+    now = [1e9]
+    store = SQLiteStore(path, clock=lambda: now[0], ticks=time.monotonic)
+    a,later = store.add(calls())[0],store.add(calls(run_at=now[0]+60))[0]
+    r, = claim(store, 1)
+    b, = store.add(calls())
+    now[0] += step
+    assert store.sweep()==[] and store.renew('w', [(r.seq, 1)])==[] # a lease runs by the clock that nobody sets
+    assert b.id in {j.id for j in claim(store)} # what was due stays due
+    assert finish(store, r)==[True]
+    now[0] = 1e9+61
+    assert store.get(later.id).state=='running' or [j.id for j in claim(store)]==[later.id]
+
+def test_a_payload_that_is_too_large_says_so(path):
+    with TaskQueue(SQLiteStore(path)) as queue:
+        task = queue.task(name='t')(lambda text: None)
+        with pytest.raises(Exception, match='bytes|large|long'): task.enqueue('x'*100_000_000)
+        assert queue.counts()[State.queued]==0
+        task.enqueue('x')
