@@ -17,8 +17,8 @@ from typing import Any
 from anyio import to_thread
 
 from .errors import StoreError
-from .job import Job
-from .store import Call, Store
+from .job import Call, Job
+from .store import Store
 
 # %% ../nbs/api/24_clerk.ipynb #356d6a36
 _most = 2000 # calls in one commit
