@@ -1,0 +1,250 @@
+"""How fast and how small is the durable queue? Prints what was measured beside what was promised; asserts nothing.
+
+    python benchmarks/durable_queue.py                      # everything, some minutes
+    python benchmarks/durable_queue.py enqueue latency      # some sections: see SECTIONS at the end
+    python benchmarks/durable_queue.py --scale 0.1 --json figures.json --folder /mnt/disk
+
+Figures of a loaded machine wander, so each is the median of rounds that take turns with *bare apsw*: the same rows, or
+the same steps, written by hand with nothing around them. The ratio between the two is what counts."""
+import argparse, asyncio, json, os, platform, resource, subprocess, sys, tempfile, time
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+import apsw
+
+from bgtasks.job import new_id, new_ids
+from bgtasks.queue import TaskQueue
+from bgtasks.sqlite import SQLiteStore
+from bgtasks.worker import Worker
+
+ROUNDS,scale,folder,numbers = 5,1.0,None,count()
+
+def n_of(n): return max(10, int(n*scale))
+def new_path(): return Path(folder)/f'{next(numbers)}.db'
+def rate(n, f, *args):
+    start = time.perf_counter()
+    f(*args)
+    return n/(time.perf_counter()-start)
+
+def in_turns(*runs):
+    "Medians of what each of `runs` gives, called in turns so that all meet the same disturbances"
+    res = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for r,run in zip(res, runs): r.append(run())
+    return [median(r) for r in res]
+
+def row(what, value, unit, at_least=None, at_most=None, ratio=None, ratio_at_least=None):
+    return dict(what=what, value=value, unit=unit, at_least=at_least, at_most=at_most, ratio=ratio,
+                ratio_at_least=ratio_at_least)
+
+# Bare apsw
+
+BARE = '''CREATE TABLE j(seq INTEGER PRIMARY KEY, id TEXT UNIQUE, task TEXT, st INTEGER,
+attempt INTEGER DEFAULT 0, worker TEXT, until REAL, payload BLOB, value BLOB); CREATE INDEX due ON j(seq) WHERE st=1;'''
+INSERT = "INSERT INTO j(id,task,st,payload) VALUES(?,'noop',1,x'5b5b315d2c7b7d5d')"
+
+CLAIM = '''UPDATE j SET st=2, attempt=attempt+1, worker='w', until=1 WHERE seq IN (SELECT seq FROM j WHERE st=1
+ORDER BY seq LIMIT ?) RETURNING seq,attempt,payload'''
+FINISH = 'UPDATE j SET st=4, value=? WHERE seq=? AND attempt=? AND st=2'
+
+def bare(durability):
+    cx = apsw.Connection(str(new_path()))
+    sync = 'FULL' if durability=='power' else 'NORMAL'
+    cx.execute(f'PRAGMA journal_mode=WAL; PRAGMA synchronous={sync}; {BARE}').fetchall()
+    return cx
+
+def bare_one_by_one(cx, n):
+    for _ in range(n): cx.execute(INSERT, (new_id(),))
+
+def bare_at_once(cx, n):
+    with cx: cx.executemany(INSERT, [(i,) for i in new_ids(n)])
+
+def bare_claim_finish(cx, batch=200):
+    "What a worker writes at the least: take a batch, then write its results"
+    while True:
+        with cx: got = cx.execute(CLAIM, (batch,)).fetchall()
+        if not got: return
+        with cx: cx.executemany(FINISH, [(b'1', s, a) for s,a,_ in got])
+
+# The queue
+
+started = []
+
+def queue_at(path, durability='power'):
+    queue = TaskQueue(SQLiteStore(path, durability))
+    @queue.task(name='noop')
+    async def noop(x): return x
+    @queue.task(name='noop_sync')
+    def noop_sync(x): return x
+    @queue.task(name='stamp')
+    async def stamp(since): started.append(time.monotonic()-since)
+    return queue
+
+def fill(queue, task, n):
+    for i in range(0, n, 100_000): queue.tasks[task].enqueue_many([(1,)]*min(100_000, n-i))
+
+def enqueue():
+    for durability,bound,n in (('process', .5, n_of(10_000)), ('power', .8, n_of(2_000))):
+        cx,task = bare(durability),queue_at(new_path(), durability).tasks['noop']
+        def ours():
+            for _ in range(n): task.enqueue(1)
+        theirs,mine = in_turns(lambda: rate(n, bare_one_by_one, cx, n), lambda: rate(n, ours))
+        yield row(f'enqueue, one at a time, {durability}', mine, 'jobs/s', ratio=mine/theirs, ratio_at_least=bound)
+
+def aenqueue():
+    n,cx,task = 1000,bare('power'),queue_at(new_path()).tasks['noop']
+    async def together(): await asyncio.gather(*[task.aenqueue(1) for _ in range(n)])
+    theirs,mine = in_turns(lambda: rate(n, bare_one_by_one, cx, n), lambda: rate(n, asyncio.run, together()))
+    yield row('aenqueue, 1,000 callers at once, power', mine, 'jobs/s', ratio=mine/theirs, ratio_at_least=5)
+
+def enqueue_many():
+    n = n_of(100_000)
+    theirs,mine = in_turns(lambda: rate(n, bare_at_once, bare('power'), n),
+                           lambda: rate(n, queue_at(new_path()).tasks['noop'].enqueue_many, [(1,)]*n))
+    yield row('enqueue_many of 100,000', mine, 'jobs/s', 200_000, ratio=mine/theirs, ratio_at_least=.3)
+
+def drain(task, n):
+    queue = queue_at(new_path())
+    fill(queue, task, n)
+    res = rate(n, lambda: asyncio.run(Worker(queue).run(until_empty=True)))
+    queue.close()
+    return res
+
+def worker_async():
+    n = n_of(60_000)
+    def theirs():
+        bare_at_once(cx := bare('power'), n)
+        return rate(n, bare_claim_finish, cx)
+    theirs,mine = in_turns(theirs, lambda: drain('noop', n))
+    yield row('worker, no-op async task, results kept', mine, 'jobs/s', 40_000, ratio=mine/theirs, ratio_at_least=.3)
+
+def worker_sync():
+    n = n_of(30_000)
+    mine, = in_turns(lambda: drain('noop_sync', n))
+    yield row('worker, no-op sync task in threads', mine, 'jobs/s', 12_000)
+
+def percentiles(name, p50, p99):
+    ms = sorted(1000*s for s in started); started.clear()
+    yield row(f'{name}, p50', ms[len(ms)//2], 'ms', at_most=p50)
+    yield row(f'{name}, p99', ms[int(len(ms)*.99)], 'ms', at_most=p99)
+
+async def gaps(queue, n):
+    "Record jobs in this process, each when the worker has nothing to do"
+    async with Worker(queue):
+        for i in range(n+20):
+            if i==20: started.clear() # warm by now
+            await asyncio.sleep(.01)
+            await queue.tasks['stamp'].aenqueue(time.monotonic())
+        while len(started) < n: await asyncio.sleep(.01)
+
+async def gaps_from_outside(queue, n):
+    "Have another process do so"
+    async with Worker(queue):
+        child = await asyncio.create_subprocess_exec(*child_command('record', queue.store.path, n+20, queue.store.durability))
+        await child.wait()
+        while len(started) < n+20: await asyncio.sleep(.01)
+    del started[:20]
+
+def latency():
+    "From the call of enqueue to the first line of the task; with 'power', two fsyncs lie between"
+    for durability in ('process', 'power'):
+        asyncio.run(gaps(queue_at(new_path(), durability), n_of(500)))
+        yield from percentiles(f'enqueue → start, same process, {durability}', .3, 2)
+        asyncio.run(gaps_from_outside(queue_at(new_path(), durability), n_of(500)))
+        yield from percentiles(f'enqueue → start, other process, {durability}', 1.5, 5)
+
+def waiting():
+    "Ten thousand jobs are run: all there are, or the first of a million"
+    def run(queue, n):
+        async def some():
+            worker,goal = Worker(queue),queue.counts()['succeeded'] + n
+            async with worker:
+                while queue.counts()['succeeded'] < goal: await asyncio.sleep(.02)
+        return rate(n, lambda: asyncio.run(some()))
+    n,many,few = n_of(10_000),queue_at(new_path()),queue_at(new_path())
+    fill(many, 'noop', n_of(1_000_000))
+    def little(): fill(few, 'noop', n); return run(few, n)
+    a,b = in_turns(little, lambda: run(many, n))
+    yield row('throughput with 1,000,000 waiting, against 10,000', b, 'jobs/s', ratio=b/a, ratio_at_least=.8)
+
+def memory():
+    queue = queue_at(path := new_path())
+    fill(queue, 'noop', n_of(1_000_000))
+    queue.close()
+    mib = float(subprocess.check_output(child_command('memory', path, n_of(20_000))))
+    yield row("worker's memory with 1,000,000 waiting, 20,000 run", mib, 'MiB', at_most=120)
+
+def idle():
+    queue_at(path := new_path()).close()
+    share = float(subprocess.check_output(child_command('idle', path, 10)))
+    yield row('an idle worker', 100*share, '% of a core', at_most=1)
+
+# What other processes do
+
+def child_command(what, path, n, durability='power'):
+    return [sys.executable, __file__, '--child', what, str(path), str(n), durability]
+
+def child(what, path, n, durability):
+    queue = queue_at(path, durability)
+    if what=='record':
+        for _ in range(int(n)):
+            time.sleep(.01)
+            queue.tasks['stamp'].enqueue(time.monotonic())
+    if what=='memory':
+        async def some():
+            async with Worker(queue):
+                while queue.counts()['succeeded'] < int(n): await asyncio.sleep(.05)
+        asyncio.run(some())
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+    if what=='idle':
+        async def nothing():
+            async with Worker(queue):
+                await asyncio.sleep(2)
+                cpu = time.process_time()
+                await asyncio.sleep(float(n))
+                return (time.process_time()-cpu)/float(n)
+        print(asyncio.run(nothing()))
+
+# The table
+
+SECTIONS = [enqueue, aenqueue, enqueue_many, worker_async, worker_sync, latency, waiting, memory, idle]
+
+def number(v): return '' if v is None else f'{v:,.0f}' if v >= 1000 else f'{v:.3g}'
+
+def line(r):
+    bound = f'≥ {number(r["at_least"])}' if r['at_least'] else f'≤ {number(r["at_most"])}' if r['at_most'] else ''
+    ratio,least = (f'{r["ratio"]:.2f} ×', f'≥ {r["ratio_at_least"]} ×') if r['ratio'] else ('', '')
+    return [r['what'], f'{number(r["value"])} {r["unit"]}', bound, ratio, least, 'yes' if kept(r) else 'NO']
+
+def kept(r):
+    ok = not r['at_least'] or r['value'] >= r['at_least']
+    ok = ok and (not r['at_most'] or r['value'] <= r['at_most'])
+    return ok and (not r['ratio'] or r['ratio'] >= r['ratio_at_least'])
+
+WIDTHS = 52,22,12,9,10,4
+def show(words): print(' '.join(f'{w:<{n}}' for w,n in zip(words, WIDTHS)).rstrip(), flush=True)
+
+def main():
+    global scale, folder, ROUNDS
+    parser = argparse.ArgumentParser(description='Measure the durable queue.')
+    parser.add_argument('sections', nargs='*', metavar='section', help=', '.join(f.__name__ for f in SECTIONS))
+    parser.add_argument('--scale', type=float, default=1.0, help='size of each run, 1 for the real one')
+    parser.add_argument('--rounds', type=int, default=ROUNDS, help='how many rounds the median is of')
+    parser.add_argument('--folder', help='where the files go; a folder for temporary files if missing')
+    parser.add_argument('--json', help='a file for the figures')
+    parser.add_argument('--child', nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child: return child(*args.child)
+    if unknown := set(args.sections) - {f.__name__ for f in SECTIONS}: parser.error(f'no section {sorted(unknown)}')
+    scale,ROUNDS,rows = args.scale,args.rounds,[]
+    print(f'{os.cpu_count()} cores, Python {platform.python_version()}, SQLite {apsw.sqlite_lib_version()}, '
+          f'scale {scale:g}\n')
+    show(['what', 'measured', 'promised', 'to bare', 'promised', 'kept'])
+    for section in SECTIONS:
+        if args.sections and section.__name__ not in args.sections: continue
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            for r in section(): rows.append(r); show(line(r))
+    if args.json: Path(args.json).write_text(json.dumps(rows, indent=1))
+
+if __name__=='__main__': main()
