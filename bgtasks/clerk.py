@@ -121,8 +121,7 @@ class Clerk:
     def close(self):
         "Do what has been asked for, and end the thread."
         with self._lock:
-            self._closed = True
-            if self._pid == os.getpid():
-                self._inbox.put(None)
-                if self._thread is not threading.current_thread(): self._thread.join()
-            self._pid = None
+            ours,self._closed,self._pid = self._pid == os.getpid(),True,None
+            if not ours: return
+            self._inbox.put(None)
+            if self._thread is not threading.current_thread(): self._thread.join()

@@ -80,8 +80,8 @@ def _changed(v, back, path='') -> str|None:
     both = lambda *t: isinstance(v, t) and isinstance(back, t)
     if type(v) is type(back) or both(list, tuple) or both(Mapping):
         ours,theirs = _parts(v), _parts(back)
-        if isinstance(v, (set, frozenset)): return f'has other members afterwards{_at(path)}'
-        if [p for p,_ in ours] != [p for p,_ in theirs]: return f'has other keys afterwards{_at(path)}: JSON has texts'
+        if isinstance(v, (set, frozenset)): return f'would have other members{_at(path)}: annotate what they are'
+        if [p for p,_ in ours] != [p for p,_ in theirs]: return f'would have other keys{_at(path)}: use text, and what is annotated'
         return next(filter(None, (_changed(x, y, path+p) for (p,x),(_,y) in zip(ours, theirs))), None)
     if isinstance(v, _simple) and not isinstance(back, (bytes, bytearray, memoryview)): # the annotation makes more of v
         if not isinstance(back, (set, frozenset)) or all(isinstance(x, _simple) or x in back for x in v): return
@@ -205,21 +205,23 @@ class Codec:
         read = self._find(args, kwargs).read
         try:
             raw = _write(call)
-            if read(raw) == call and len(raw) <= self.max_payload: return raw
+            if len(raw) <= self.max_payload and read(raw) == call: return raw
         except Exception: pass # which argument it was is found out below
         return self._judge(*call)
 
     def _judge(self, args, kwargs) -> bytes:
         "Write down a call that doesn't come back equal, if it comes back as annotated."
+        raw = why = None
+        try: raw = _write((args, kwargs))
+        except Exception as e: why = e
+        if raw and len(raw) > self.max_payload:
+            raise TooLarge(f'{self.name}: the arguments take {self._too_long(raw)} Keep what is large in a file or a '
+                           'table, and pass its path or id.')
         at,by = self._names(args, kwargs)
         given = [(p, p if p in self._pos else f'*{p}', v) for p,v in zip(at, args)]
         for p,label,v in given + [(by[k], k, v) for k,v in kwargs.items()]:
-            if why := _why_not(v, self.types[p]): raise BadArguments(f'{self.name}: argument {label!r} {why}')
-        try: raw = _write((args, kwargs))
-        except Exception as e: raise BadArguments(f"{self.name}: the arguments can't be recorded: {e}") from None
-        if len(raw) > self.max_payload:
-            raise TooLarge(f'{self.name}: the arguments take {self._too_long(raw)} Keep what is large in a file or a '
-                           'table, and pass its path or id.')
+            if fault := _why_not(v, self.types[p]): raise BadArguments(f'{self.name}: argument {label!r} {fault}')
+        if raw is None: raise BadArguments(f"{self.name}: the arguments can't be recorded: {why}")
         return raw
 
     def _too_long(self, raw): return f'{len(raw):,} bytes as JSON, and max_payload is {self.max_payload:,}.'
@@ -239,14 +241,15 @@ class Codec:
     ) -> bytes: # JSON
         "Write down a result, or raise `Unusable`."
         if value is None: return b'null'
+        raw = None
         try:
             raw = _write(value)
-            if self._read_result(raw) == value and len(raw) <= self.max_payload: return raw
+            if len(raw) <= self.max_payload and self._read_result(raw) == value: return raw
         except Exception: pass # why is found out below
+        if raw and len(raw) > self.max_payload:
+            raise Unusable(f'{self.name} ran, but its result takes {self._too_long(raw)} Write it to a file or table.')
         if _why_not(value, self.result_type) and (why := _why_not(value, Any)):
             raise Unusable(f'{self.name} ran, but its result {why}')
-        if len(raw := _write(value)) > self.max_payload:
-            raise Unusable(f'{self.name} ran, but its result takes {self._too_long(raw)} Write it to a file or table.')
         return raw
 
     def decode_result(self,
