@@ -141,7 +141,8 @@ async def gaps(queue, n):
 async def gaps_from_outside(queue, n):
     "Have another process do so"
     async with Worker(queue):
-        child = await asyncio.create_subprocess_exec(*child_command('record', queue.store.path, n+20, queue.store.durability))
+        words = child_command('record', queue.store.path, n+20, queue.store.durability)
+        child = await asyncio.create_subprocess_exec(*words)
         await child.wait()
         while len(started) < n+20: await asyncio.sleep(.01)
     del started[:20]
