@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .attempt import attempt, verdict
 from .errors import BadOption
 from .job import Done, Outcome, State
+from .periodic import Periodic
 from .report import Reports, keep_logs
 from .run import _limits, set_limits
 from .threads import Threads
@@ -319,6 +320,8 @@ async def start(self:Worker):
             self._loop.add_reader(fd, self._committed)
     self._sort_tasks()
     self._pump_task = self._loop.create_task(self._pump())
+    self._periodic = Periodic(self.queue)
+    self._periodic.start()
     _log.info('Worker %s has started', self.name)
 
 @patch
@@ -327,6 +330,7 @@ async def stop(self:Worker):
     if self._pump_task is None: return
     self._stopping = True
     self._stir.set()
+    await self._periodic.stop()
     await self._wait_until(lambda: not self._running, self.grace)
     for key in list(self._running): self._stop_attempt(key, 'stopped')
     await self._wait_until(lambda: not self._running, 1)
