@@ -80,8 +80,8 @@ def _changed(v, back, path='') -> str|None:
     both = lambda *t: isinstance(v, t) and isinstance(back, t)
     if type(v) is type(back) or both(list, tuple) or both(Mapping):
         ours,theirs = _parts(v), _parts(back)
-        if isinstance(v, (set, frozenset)): return f'would have other members{_at(path)}: annotate what they are'
-        if [p for p,_ in ours] != [p for p,_ in theirs]: return f'would have other keys{_at(path)}: give text, as annotated'
+        if isinstance(v, (set, frozenset)): return f'would get other members{_at(path)}: annotate what they are'
+        if [p for p,_ in ours] != [p for p,_ in theirs]: return f'would get other keys{_at(path)}: JSON has text'
         return next(filter(None, (_changed(x, y, path+p) for (p,x),(_,y) in zip(ours, theirs))), None)
     if isinstance(v, _simple) and not isinstance(back, (bytes, bytearray, memoryview)): # the annotation makes more of v
         if not isinstance(back, (set, frozenset)) or all(isinstance(x, _simple) or x in back for x in v): return
