@@ -1,0 +1,197 @@
+"A worker on a real file, in real processes: signals, kills, the command, and who gets the jobs afterwards."
+import asyncio, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import msgspec, pytest
+
+from bgtasks.job import Call, Done, State, new_id
+from bgtasks.queue import TaskQueue
+from bgtasks.sqlite import SQLiteStore
+from bgtasks.worker import Worker
+
+ROOT = Path(__file__).parents[1]
+APP = '''
+import asyncio, os, signal, time
+from pathlib import Path
+from bgtasks.queue import TaskQueue
+from bgtasks.report import progress
+from bgtasks.run import current_job
+from bgtasks.sqlite import SQLiteStore
+
+queue = TaskQueue(SQLiteStore(Path(__file__).parent/'q.db', 'process'))
+
+@queue.task(name='add')
+async def add(a:int, b:int) -> int: return a+b
+@queue.task(name='pid')
+def pid() -> int: return os.getpid()
+@queue.task(name='wait')
+async def wait(seconds:float): await asyncio.sleep(seconds)
+@queue.task(name='block')
+def block(seconds:float): time.sleep(seconds)
+@queue.task(name='die_once')
+def die_once():
+    if current_job().crashes==0: os.kill(os.getpid(), signal.SIGKILL)
+    return current_job().tries
+@queue.task(name='afar', runner='process')
+def afar(n:int) -> int:
+    progress(1, 2, 'afar')
+    return n*2 + (current_job().task=='afar')
+'''
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path/'app.py').write_text(APP)
+    return tmp_path
+
+@pytest.fixture
+def queue(folder):
+    "The queue as the app has it, in this process: it knows the tasks, and runs none"
+    q = TaskQueue(SQLiteStore(folder/'q.db', 'process'))
+    for name in ('add', 'pid', 'wait', 'block', 'die_once', 'afar'): q.task(lambda *args: None, name=name)
+    yield q
+    q.close()
+
+class Command:
+    "`bgtasks worker app:queue` in a process of its own"
+    def __init__(self, folder, *words):
+        code = 'from bgtasks.command import worker; worker()'
+        env = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}')
+        self.p = subprocess.Popen([sys.executable, '-c', code, 'app:queue', *words], cwd=folder, env=env, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        if self.p.poll() is None: self.p.send_signal(signal.SIGTERM)
+        try: self.p.wait(30)
+        except subprocess.TimeoutExpired: self.p.kill()
+    def stop(self):
+        self.p.send_signal(signal.SIGTERM)
+        return self.p.communicate(timeout=60)[0]
+
+def until(condition, seconds=60):
+    end = time.monotonic()+seconds
+    while not (got := condition()):
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(.02)
+    return got
+
+def record(queue, name, *args):
+    return queue.store.add([Call(id=new_id(), task=name, payload=msgspec.json.encode([args, {}]))])[0]
+
+def state(queue, job): return queue.get(job).state.value
+
+def test_command_runs_jobs_and_ends_on_sigterm(folder, queue):
+    with Command(folder) as c:
+        jobs = [record(queue, 'add', n, 1) for n in range(20)]+[record(queue, 'pid')]
+        until(lambda: all(state(queue, j)=='succeeded' for j in jobs))
+        assert queue.get(jobs[3]).result==4 and queue.get(jobs[-1]).result!=os.getpid()
+        said = c.stop()
+    assert c.p.returncode==0, said
+    assert 'Told to stop' in said and 'Traceback' not in said
+
+def test_sigterm_gives_back_what_does_not_end_in_time(folder, queue):
+    with Command(folder, '--grace', '0.2') as c:
+        jobs = [record(queue, 'wait', 3600), record(queue, 'block', 3600)]
+        until(lambda: all(state(queue, j)=='running' for j in jobs))
+        said = c.stop()
+    assert [state(queue, j) for j in jobs]==['queued', 'queued'], said
+    assert [queue.get(j).tries for j in jobs]==[0, 0]
+
+def test_killed_process_is_replaced_and_its_job_runs_again(folder, queue):
+    with Command(folder) as c:
+        job = record(queue, 'die_once')
+        until(lambda: state(queue, job)=='succeeded')
+        job = queue.get(job)
+        assert (job.crashes, job.attempt, job.result)==(1, 2, 1)
+        assert 'another one takes its place' in c.stop()
+
+def test_two_processes_share_the_work(folder, queue):
+    with Command(folder, '--processes', '2') as c:
+        first = [record(queue, 'pid') for _ in range(2)]
+        until(lambda: all(state(queue, j)=='succeeded' for j in first))
+        def both():
+            jobs = [record(queue, 'pid') for _ in range(50)]
+            until(lambda: all(state(queue, j)=='succeeded' for j in jobs))
+            return len({queue.get(j).result for j in jobs})==2
+        until(both)
+
+def test_second_signal_ends_at_once(folder, queue):
+    with Command(folder, '--grace', '60') as c:
+        job = record(queue, 'wait', 3600)
+        until(lambda: state(queue, job)=='running')
+        c.p.send_signal(signal.SIGTERM)
+        time.sleep(.5)
+        assert c.p.poll() is None
+        c.p.send_signal(signal.SIGTERM)
+        assert c.p.wait(30)==128+signal.SIGTERM
+
+def test_task_in_another_process_is_found_and_reports(folder, queue):
+    with Command(folder) as c:
+        job = record(queue, 'afar', 20)
+        until(lambda: state(queue, job) in ('succeeded', 'dead'))
+        job = queue.get(job)
+        assert job.result==41, job.error
+        assert (job.progress.done, job.progress.message)==(1, 'afar')
+
+def test_wrong_place_is_told(folder):
+    code = 'from bgtasks.command import worker; worker()'
+    out = subprocess.run([sys.executable, '-c', code, 'app:nothing'], cwd=folder, capture_output=True, text=True,
+                         env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert out.returncode==1 and "'app' has no 'nothing'; it has queue" in out.stderr
+
+def test_a_late_worker_is_fenced(folder):
+    "A worker that was stopped for longer than its lease gives its result too late; nothing of it is kept"
+    async def main():
+        q = TaskQueue(SQLiteStore(folder/'late.db', 'process'))
+        gate,ran = asyncio.Event(),[]
+        @q.task
+        async def hold(n:int):
+            ran.append(n)
+            if len(ran)==1: await gate.wait()
+            return len(ran)
+        async with Worker(q, name='late') as w:
+            job = hold.enqueue(1)
+            while not ran: await asyncio.sleep(.01)
+            key = next(iter(w._running))
+            # somebody else has taken the job over, and ended it
+            seq,attempt = key
+            q.store.finish([Done(seq=seq, attempt=attempt, state=State.queued, counts=False)])
+            while q.get(job).state.value!='succeeded': await asyncio.sleep(.01)
+            assert q.get(job).result==2
+            gate.set()
+            while w._running: await asyncio.sleep(.01)
+        assert q.get(job).result==2 and q.get(job).attempt==2
+        q.close()
+    asyncio.run(main())
+
+def test_an_idle_worker_hardly_costs(folder):
+    async def main():
+        q = TaskQueue(SQLiteStore(folder/'idle.db'))
+        @q.task
+        async def f(): pass
+        turns = 0
+        async with Worker(q) as w:
+            await asyncio.sleep(.5)
+            gather = w._gather
+            def counted(now):
+                nonlocal turns
+                turns += 1
+                return gather(now)
+            w._gather = counted
+            await asyncio.sleep(2)
+        q.close()
+        return turns
+    assert asyncio.run(main()) < 12
+
+def test_a_job_of_another_process_starts_without_polling(folder, queue):
+    "The worker hears of a commit of another process: it has not looked for itself in the meantime"
+    async def main():
+        q = TaskQueue(SQLiteStore(folder/'q.db', 'process'))
+        @q.task(name='add')
+        async def add(a:int, b:int) -> int: return a+b
+        async with Worker(q) as w:
+            await asyncio.sleep(.3)
+            w._gap = 1
+            job = await asyncio.to_thread(record, queue, 'add', 1, 2)
+            assert await q.aresult(job, 30)==3
+        q.close()
+    asyncio.run(main())
