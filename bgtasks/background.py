@@ -73,7 +73,7 @@ class BackgroundTask(StarletteTask):
         *args:Any,      # Its positional arguments
         **kwargs:Any    # Its keyword arguments
     ):
-        if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE: # the usual case, and four times as quick
+        if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE: # the usual case
             self.func,self.args,self.kwargs,self.is_async = func,args,kwargs,True
         else:
             if not callable(func): raise BadTask(_not_callable(func))
@@ -109,9 +109,10 @@ class BackgroundTask(StarletteTask):
             job = partial(structs.replace, self.job, attempt=attempt) if attempt > 1 else lambda: self.job
             out = await run(self.func, args, kwargs, runner=runner, timeout=o.timeout, job=job, result=False)
             if out.error is None or isinstance(out.error, Cancel) or attempt > o.retries: return out.unwrap()
-            wait = out.error.after if isinstance(out.error, Retry) and out.error.after is not None else o.backoff(attempt)
-            _log.warning('Background task %s: attempt %d of %d failed, the next follows in %.3g s: %r', task_name(self.func),
-                         attempt, o.retries+1, wait, out.error)
+            wait = out.error.after if isinstance(out.error, Retry) else None
+            if wait is None: wait = o.backoff(attempt)
+            _log.warning('Background task %s: attempt %d of %d failed, the next follows in %.3g s: %r',
+                         task_name(self.func), attempt, o.retries+1, wait, out.error)
             await anyio.sleep(wait)
 
     async def __call__(self) -> None:
@@ -121,18 +122,19 @@ class BackgroundTask(StarletteTask):
             if self.is_async and self.options is _plain: await super().__call__()
             else: await StarletteTask.__call__(_Watched(self))
         except Cancel as e: _log.info('Background task %s cancelled itself: %s', task_name(self.func), e)
-        except Exception:
-            _log.exception('Background task %s failed', task_name(self.func))
+        except Exception as e:
+            _log.exception('Background task %s failed: %r', task_name(self.func), e)
             raise
         finally: _run.reset(token)
 
 # %% ../nbs/api/30_background.ipynb #dd2b5d27
 def _not_callable(func):
     "Say what is wrong with `func`, which isn't callable, and what was probably meant."
-    hint = 'It looks as if the function was called on the way in. ' if func is None or hasattr(func, '__await__') else ''
+    called = func is None or hasattr(func, '__await__')
+    hint = 'It looks as if the function was called on the way in. ' if called else ''
     if hasattr(func, 'close') and hasattr(func, '__await__'): func.close() # else Python warns that it was never awaited
-    return f'A task must be a function or another callable, not {func!r}. {hint}Pass the function first and its arguments ' \
-           'after it: BackgroundTask(send, to), not BackgroundTask(send(to)).'
+    return f'A task must be a function or another callable, not {func!r}. {hint}Pass the function first and its ' \
+           'arguments after it: BackgroundTask(send, to), not BackgroundTask(send(to)).'
 
 # %% ../nbs/api/30_background.ipynb #94ec3d81
 class BackgroundTasks(BackgroundTask, StarletteTasks):
@@ -140,7 +142,7 @@ class BackgroundTasks(BackgroundTask, StarletteTasks):
     def __init__(self,
         tasks:Iterable[StarletteTask]|None=None, # The first ones
         *,
-        on_error:str='stop',   # `'stop'`: a failure stops the tasks after it; `'continue'`: all run, then an `ExceptionGroup`
+        on_error:str='stop',   # A failure stops those after it; `'continue'`: all run, then an `ExceptionGroup`
         concurrent:bool=False  # Start all at once rather than one after the other?
     ):
         if on_error not in ('stop', 'continue'):
@@ -159,7 +161,8 @@ class BackgroundTasks(BackgroundTask, StarletteTasks):
         **kwargs:Any    # Its keyword arguments
     ) -> BackgroundTask: # The new task, so that `using` can follow
         "Add a task for `func(*args, **kwargs)`."
-        task = BackgroundTask(func, *args, **kwargs).using(**self._given) if self._given else BackgroundTask(func, *args, **kwargs)
+        task = BackgroundTask(func, *args, **kwargs)
+        if self._given: task.using(**self._given)
         self.tasks.append(task)
         return task
 
@@ -178,7 +181,7 @@ class BackgroundTasks(BackgroundTask, StarletteTasks):
         "Run one task and give its failure; a task that isn't ours has not logged it yet."
         try: await self._call(task)
         except Exception as e:
-            if not isinstance(task, BackgroundTask): _log.exception('Background task %s failed', _name_of(task))
+            if not isinstance(task, BackgroundTask): _log.exception('Background task %s failed: %r', _name_of(task), e)
             return e
 
     async def _in_order(self):
@@ -211,7 +214,8 @@ def _name_of(task): return task_name(getattr(task, 'func', task))
 def _checked(task):
     "Give `task` back if a group can run it: a background task, or anything that is awaited when called."
     if isinstance(task, StarletteTask) or (callable(task) and StarletteTask(task).is_async): return task
-    raise BadTask(f'BackgroundTasks can\'t run {task!r}: wrap the function, as in BackgroundTasks([BackgroundTask(send, to)])')
+    raise BadTask(f"BackgroundTasks can't run {task!r}: wrap the function, as in "
+                  'BackgroundTasks([BackgroundTask(send, to)])')
 
 # %% ../nbs/api/30_background.ipynb #3f2a6a79
 class _Exchange:
@@ -257,7 +261,8 @@ async def _server_error(error, scope, receive, send):
     app = scope.get('app')
     handlers = getattr(app, 'exception_handlers', {})
     async def fail(*_): raise error
-    answer = ServerErrorMiddleware(fail, handler=handlers.get(500) or handlers.get(Exception), debug=getattr(app, 'debug', False))
+    handler = handlers.get(500) or handlers.get(Exception)
+    answer = ServerErrorMiddleware(fail, handler=handler, debug=getattr(app, 'debug', False))
     try: await answer(scope, receive, send)
     except Exception as e:
         if e is not error: raise

@@ -115,4 +115,4 @@ class Event(Struct, frozen=True, kw_only=True):
     kind:str            # A `State`, or `'progress'` or `'log'`
     attempt:int = 0     # The attempt it belongs to
     at:float = 0.0      # Seconds since 1970
-    data:Any = None     # For progress a `Progress`, for a log line its level and text, for a failure a `Failure`; all as plain JSON
+    data:Any = None     # Plain JSON: a `Progress`, a `Failure`, or the level and text of a log line
