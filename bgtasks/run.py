@@ -157,7 +157,9 @@ def _travels(o) -> bool:
 def _homeward(e) -> Exception:
     "Make of `e` an exception that can be pickled, with its traceback as text."
     tb = ''.join(traceback.format_exception(e)).rstrip()
-    if not _travels(e): return RemoteError(f"{type(e).__qualname__}: {e} (the exception itself can't be pickled)\n{tb}")
+    why = 'it would have ended the program' if not isinstance(e, Exception) else \
+          "the exception itself can't be pickled" if not _travels(e) else None
+    if why: return RemoteError(f"{''.join(traceback.format_exception_only(e)).rstrip()} ({why})\n{tb}")
     if not isinstance(e, (Retry, Cancel)): e.add_note(f'\nIn process {os.getpid()}:\n{tb}')
     return e
 
@@ -174,7 +176,7 @@ def _there(call, job, backend, result) -> bytes:
         func,args,kwargs = _unpack(call)
         _run.set(_Run(replace(job, args=args, kwargs=kwargs)))
         value = _call(func, args, kwargs, backend=lambda: backend)
-    except Exception as e: return pickle.dumps(Outcome(error=_homeward(e)))
+    except BaseException as e: return pickle.dumps(Outcome(error=_homeward(e)))
     try: return pickle.dumps(Outcome(value if result else None))
     except Exception as e:
         why = f"{task_name(func)} ran, but its result ({type(value).__name__}) can't be sent back: {e}"
@@ -273,13 +275,19 @@ def _no_start(func):
                        "`if __name__ == '__main__':`.")
 
 # %% ../nbs/api/20_run.ipynb #cd2664b6
+def _read(func, outcome):
+    try: return pickle.loads(outcome)
+    except Exception as e:
+        why = f"{task_name(func)} ran, but what it gave can't be unpickled here: {type(e).__name__}: {e}"
+    return Outcome(error=NotPicklable(why))
+
 async def _in_process(func, args, kwargs, timeout, result):
     from pebble import ProcessExpired
     job = replace(_run.get().job, args=(), kwargs={})
     call = pack(func, args, kwargs), job, _backend(), result
     for _ in range(2):
         await _finished(future := _get_pool().schedule(_by_import(_there), call, timeout=timeout))
-        try: return pickle.loads(future.result()).unwrap()
+        try: return _read(func, future.result()).unwrap()
         except BrokenProcessPool: continue
         except FutureTimeout: raise _too_slow(func, timeout, 'its process was killed') from None
         except ProcessExpired as e: raise _died(task_name(func), e.exitcode) from None

@@ -25,7 +25,8 @@ class AsyncCallable:
     async def __call__(self, x): ran.append(x)
 
 funcs = dict(async_task=async_task, sync_task=sync_task, async_partial=partial(async_task),
-             sync_partial=partial(sync_task), callable=Callable(), async_callable=AsyncCallable(), method=ran.append, function=lambda x: ran.append(x))
+             sync_partial=partial(sync_task), callable=Callable(), async_callable=AsyncCallable(), method=ran.append,
+             function=lambda x: ran.append(x))
 
 options = pytest.mark.parametrize('options', [{}, dict(timeout=30), dict(runner='thread', retries=1)],
                                   ids=['plain', 'timeout', 'thread'])
