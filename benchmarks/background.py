@@ -1,4 +1,4 @@
-"""What bgtasks costs beside Starlette's own background tasks: `python benchmarks/background.py`. Nothing is asserted."""
+"What bgtasks costs beside Starlette's own background tasks: `python benchmarks/background.py`. Nothing is asserted."
 import http.client, os, socket, subprocess, sys, time
 from contextlib import contextmanager
 from statistics import median, quantiles
@@ -18,7 +18,7 @@ def spin(seconds):
     end = time.perf_counter()+seconds
     while time.perf_counter() < end: sum(range(1000))
 
-def slow(request):
+async def slow(request):
     make = dict(theirs=Theirs, ours=Ours)[request.path_params['whose']]
     return PlainTextResponse('ok', background=make(time.sleep, 3))
 
@@ -43,7 +43,7 @@ def server():
             else: break
         yield port
     finally:
-        process.kill()
+        process.terminate() # and it waits for its tasks
         process.wait()
 
 def get(port, path, connection=None):
@@ -94,7 +94,7 @@ def visitors(runner, seconds=4):
         if runner:
             get(port, f'/busy/{runner}/0')
             time.sleep(1) # its processes have started
-            for _ in range(2): get(port, f'/busy/{runner}/{seconds+2}')
+            for _ in range(2): get(port, f'/busy/{runner}/{seconds+1}')
         return load_elsewhere(port, seconds)
 
 def import_time(name):
@@ -102,7 +102,8 @@ def import_time(name):
     return float(subprocess.check_output([sys.executable, '-c', code]))
 
 def show(what, ours, other, bound, unit=1e6, name='µs', beside='Starlette'):
-    print(f'{what:<42} {ours*unit:>9.2f} {name} {beside:>12}: {other*unit:>9.2f} {name}   ratio {ours/other:>5.2f}   {bound}')
+    ours,other = ours*unit,other*unit
+    print(f'{what:<40} {ours:>8.2f} {name}  {beside:>9}: {other:>8.2f} {name}  ratio {ours/other:>5.2f}  {bound}', flush=True)
 
 def main():
     print(f'Python {sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores; medians, measured in turns\n')

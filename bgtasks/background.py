@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .errors import BadOption, BadTask, Cancel, NoMiddleware, Retry
 from .job import Job, State, task_name
 from .retry import Backoff
-from .run import _run, pack, run
+from .run import _in_thread, _run, pack, run
 
 # %% ../nbs/api/30_background.ipynb #99c7bf9a
 _log = logging.getLogger('bgtasks')
@@ -52,6 +52,12 @@ class Options:
 _plain,_keep = Options(),object()
 
 # %% ../nbs/api/30_background.ipynb #35e3a97b
+def _unwrapped(call):
+    "Give Starlette's `call` if it is Starlette's own, not somebody's wrapper around it."
+    return call if type(call) is FunctionType and call.__globals__['__name__']=='starlette.background' else None
+
+_bare = _unwrapped(StarletteTask.__call__)
+
 class _Named:
     "Looks like the function of `task`; called, it runs `task` by our runner."
     def __init__(self, task): self._task = task
@@ -74,7 +80,8 @@ class BackgroundTask(StarletteTask):
         **kwargs:Any    # Its keyword arguments
     ):
         if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE: # the usual case
-            self.func,self.args,self.kwargs,self.is_async = func,args,kwargs,True
+            self.func,self.args = func,args # in pairs: four at once would cost a tuple
+            self.kwargs,self.is_async = kwargs,True
         else:
             if not callable(func): raise BadTask(_not_callable(func))
             super().__init__(func, *args, **kwargs)
@@ -119,8 +126,10 @@ class BackgroundTask(StarletteTask):
         "Run the task; log a failure with its traceback, and raise it as Starlette does."
         token = _run.set(self)
         try:
-            if self.is_async and self.options is _plain: await super().__call__()
-            else: await StarletteTask.__call__(_Watched(self))
+            if self.options is not _plain or StarletteTask.__call__ is not _bare:
+                await StarletteTask.__call__(_Watched(self))
+            elif self.is_async: await self.func(*self.args, **self.kwargs)
+            else: await _in_thread(self.func, self.args, self.kwargs, None, False)
         except Cancel as e: _log.info('Background task %s cancelled itself: %s', task_name(self.func), e)
         except Exception as e:
             _log.exception('Background task %s failed: %r', task_name(self.func), e)
