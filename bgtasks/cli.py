@@ -25,8 +25,8 @@ class Command:
             if (e.name or 'bgtasks').split('.')[0]=='bgtasks': raise # a fault of ours, not a missing extra
             sys.exit(_missing(e.name, self.extra))
 
-COMMANDS = {
-    'demo': Command('bgtasks.demo:demo', 'demo', 'Show background tasks at work in a browser, or check them without one.')}
+COMMANDS = dict(
+    demo=Command('bgtasks.demo:demo', 'demo', 'Show background tasks at work in a browser, or check them without one.'))
 
 # %% ../nbs/api/56_cli.ipynb #03496c7e
 def _missing(name, extra):
@@ -40,8 +40,9 @@ def group() -> 'click.Group':
         def list_commands(self, ctx): return sorted(COMMANDS)
         def get_command(self, ctx, name): return COMMANDS[name].load() if name in COMMANDS else None
         def format_commands(self, ctx, formatter):
-            with formatter.section('Commands'): formatter.write_dl([(n, COMMANDS[n].help) for n in self.list_commands(ctx)])
-    return click.version_option(package_name='bgtasks')(Commands('bgtasks', help='Background tasks for Python web apps.'))
+            with formatter.section('Commands'): formatter.write_dl([(n, c.help) for n,c in sorted(COMMANDS.items())])
+    res = Commands('bgtasks', help='Background tasks for Python web apps.')
+    return click.version_option(package_name='bgtasks')(res)
 
 def main(
     args:list[str]|None=None # The words after `bgtasks`; those of this process if missing

@@ -35,9 +35,9 @@ async function send(el, method, url) {
     html = await resp.text()
   } catch {}
   document.getElementById('offline').hidden = !!resp
-  if (!resp) return
   const took = el.querySelector('[data-took]') // not HTMX's: says how quick the answer was
-  if (took) took.textContent = resp.ok ? `answered in ${Math.ceil(performance.now() - start)} ms` : ''
+  if (took) took.textContent = resp?.ok ? `answered in ${Math.ceil(performance.now() - start)} ms` : ''
+  if (!resp) return
   swap(el, resp, html)
 }
 

@@ -27,7 +27,7 @@ def listen(
 def _bound(host, port):
     family,kind,proto,_,address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind, proto)
-    if os.name=='posix': sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # a port is free as soon as we are gone
+    if os.name=='posix': sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # free as soon as we are gone
     try:
         sock.bind(address)
         sock.listen(128)
