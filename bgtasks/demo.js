@@ -37,7 +37,7 @@ async function send(el, method, url) {
   document.getElementById('offline').hidden = !!resp
   const took = el.querySelector('[data-took]') // not HTMX's: says how quick the answer was
   if (took) took.textContent = resp?.ok ? `answered in ${Math.ceil(performance.now() - start)} ms` : ''
-  if (!resp) return
+  if (!resp || resp.status >= 500) return // the card stays as it was, and asks again
   swap(el, resp, html)
 }
 

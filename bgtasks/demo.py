@@ -201,11 +201,12 @@ _PORT,_SECONDS = click.IntRange(0, 65535),click.FloatRange(0, 3600)
 @click.option('--service-port', default=8123, show_default=True, type=_PORT, help='Port of the slow service; likewise.')
 @click.option('--service', metavar='URL', help='A slow service that runs already, instead of our own.')
 @click.option('--seconds', default=3.0, show_default=True, type=_SECONDS, help='How slow the service is.')
+@click.option('--pace', default=0.01, show_default=True, type=_SECONDS, help='Seconds that each row of a file takes.')
 @click.option('--data', type=click.Path(dir_okay=False, path_type=Path), help='SQLite file to keep the data in.')
 @click.option('--check', 'to_check', metavar='FILE.csv', type=click.Path(path_type=Path),
               help='Play the whole story with this file, without a browser, and say what was measured.')
 @click.option('--make-csv', metavar='FILE.csv', type=click.Path(path_type=Path), help='Write a CSV file to try it on.')
-def demo(host, port, service_port, service, seconds, data, to_check, make_csv):
+def demo(host, port, service_port, service, seconds, pace, data, to_check, make_csv):
     """Show background tasks at work.
 
     A dashboard calls a glacially slow service and reads a CSV file, both in the background.
@@ -214,7 +215,7 @@ def demo(host, port, service_port, service, seconds, data, to_check, make_csv):
         if make_csv: _write(make_csv)
         if to_check: _readable(to_check)
         elif make_csv: return
-        settings = dict(host=host, service=service, seconds=seconds)
+        settings = dict(host=host, service=service, seconds=seconds, pace=pace)
         if to_check: return _check(to_check, data, settings)
         with until_stopped(), data_file(data) as (path, kept):
             with servers(path, port=port, service_port=service_port, **settings) as (app, slow):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.resources import files
+from threading import RLock
 from types import SimpleNamespace
 
 import httpx2
@@ -53,15 +54,23 @@ class Row:
 
 _TABLES = dict(calls=Call, uploads=Upload, rows=Row)
 
+# %% ../nbs/api/58_demo_app.ipynb #3650d402
+_data,_turn = {},RLock()
+
 @contextmanager
 def opened(
     path:str # The SQLite file
 ) -> Iterator[SimpleNamespace]: # The tables: `calls`, `uploads` and `rows`
-    "Open the data at `path` for one request or task; a connection never changes threads."
+    "Give the tables at `path` to one request or task at a time."
+    with _turn:
+        if path not in _data: _data[path] = _connect(path)
+        yield _data[path]
+
+# %% ../nbs/api/58_demo_app.ipynb #9f3b801b
+def _connect(path):
     db = database(path)
-    db.conn.set_busy_timeout(10_000) # several tasks write; each waits for its turn
-    try: yield SimpleNamespace(**{name: db.create(cls, name=name, pk='id') for name,cls in _TABLES.items()})
-    finally: db.conn.close()
+    db.conn.set_busy_timeout(10_000) # another process may have the file open as well
+    return SimpleNamespace(**{name: db.create(cls, name=name, pk='id') for name,cls in _TABLES.items()})
 
 # %% ../nbs/api/58_demo_app.ipynb #8fa8f43b
 def prepare(
@@ -81,13 +90,12 @@ async def call_service(
     url:str   # The address of the service
 ) -> None:
     "Ask the service for the time, and write both stamps down."
-    with opened(path) as data:
-        call = data.calls.update(id=id, attempt=current_job().attempt)
-        async with httpx2.AsyncClient(timeout=None, trust_env=False) as client: # the task's own timeout is the limit
-            try: answer = (await client.post(f'{url}/slow', params=dict(ts=call.request_time))).raise_for_status()
-            except httpx2.HTTPError as e: raise ConnectionError(f'no answer from {url}: {e}') from None
-        stamps = answer.json()
-        data.calls.update(id=id, state='done', response_time=stamps['response_time'])
+    with opened(path) as data: call = data.calls.update(id=id, attempt=current_job().attempt)
+    async with httpx2.AsyncClient(timeout=None, trust_env=False) as client: # the task's own timeout is the limit
+        try: answer = (await client.post(f'{url}/slow', params=dict(ts=call.request_time))).raise_for_status()
+        except httpx2.HTTPError as e: raise ConnectionError(f'no answer from {url}: {e}') from None
+    stamps = answer.json()
+    with opened(path) as data: data.calls.update(id=id, state='done', response_time=stamps['response_time'])
 
 # %% ../nbs/api/58_demo_app.ipynb #c87fedc9
 async def recorded(
@@ -108,17 +116,16 @@ def process_upload(
     pace:float=0.01 # Seconds that each row takes
 ) -> None:
     "Store the rows of an uploaded file one by one, counting those with a fault."
-    with opened(path) as data:
-        rows = list(read_rows(data.uploads[id].body))
-        data.uploads.update(id=id, total=len(rows))
-        notes,faulty = [],0
-        for done,(line,cells,fault) in enumerate(rows, 1):
-            time.sleep(pace)
-            if cancelled(): return
-            if fault: notes,faulty = [*notes, f'Line {line}: {fault}'][:20],faulty+1
-            else: data.rows.insert(upload=id, line=line, cells=json.dumps(cells))
-            data.uploads.update(id=id, done=done, faulty=faulty, notes=json.dumps(notes))
-        data.uploads.update(id=id, state='done')
+    with opened(path) as data: body = data.uploads[id].body
+    rows,faults = list(read_rows(body)),[]
+    for done,(line,cells,fault) in enumerate(rows, 1):
+        time.sleep(pace)
+        if cancelled(): return
+        if fault: faults.append(f'Line {line}: {fault}')
+        with opened(path) as data:
+            if not fault: data.rows.insert(upload=id, line=line, cells=json.dumps(cells))
+            data.uploads.update(id=id, done=done, total=len(rows), faulty=len(faults), notes=json.dumps(faults[:20]))
+    with opened(path) as data: data.uploads.update(id=id, state='done')
 
 # %% ../nbs/api/58_demo_app.ipynb #39af3ce9
 _BLANK = dict(state='running', total=0, done=0, faulty=0, notes='[]')
@@ -312,10 +319,11 @@ def dashboard(
 ) -> FastHTML:
     "Make the dashboard."
     prepare(path)
-    # for HTMX itself, if somebody puts it in: show refusals as well, and add no styles to the page
-    swap_all = '{"responseHandling": [{"code": "...", "swap": true}], "includeIndicatorStyles": false}'
+    # for HTMX itself, if somebody puts it in: show refusals too, as demo.js does, and add no styles to the page
+    like_ours = '{"responseHandling": [{"code": "5..", "swap": false}, {"code": "...", "swap": true}], ' \
+                '"includeIndicatorStyles": false}'
     heads = (Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
-             Meta(name='color-scheme', content='light dark'), Meta(name='htmx-config', content=swap_all),
+             Meta(name='color-scheme', content='light dark'), Meta(name='htmx-config', content=like_ours),
              Link(rel='icon', href='data:,'), Link(rel='stylesheet', href='/demo.css'),
              Script(src='/demo.js', defer=True))
     app = FastHTML(hdrs=heads, default_hdrs=False, htmlkw=dict(lang='en'), canonical=False, before=_guard,

@@ -63,7 +63,7 @@ def closed_port():
 # The check
 
 def test_check_tells_what_it_measured(signs):
-    res = bgtasks('demo', '--check', signs, '--seconds', 1, cwd=signs.parent)
+    res = bgtasks('demo', '--check', signs, '--seconds', 1, '--pace', 0, cwd=signs.parent)
     rows = len(signs.read_text().splitlines())-1
     assert res.returncode==0, res.stdout+res.stderr
     assert res.stdout.count('✓')==7 and '✗' not in res.stdout
@@ -81,7 +81,7 @@ def test_check_counts_faulty_rows(tmp_path):
     assert re.search('rows are processed .* 4 of 4', res.stdout) and re.search('Faulty rows .* 2 of 2', res.stdout)
 
 def test_check_fails_when_the_service_is_down(signs):
-    res = bgtasks('demo', '--check', signs, '--service', f'{HERE}:{closed_port()}', cwd=signs.parent)
+    res = bgtasks('demo', '--check', signs, '--service', f'{HERE}:{closed_port()}', '--pace', 0, cwd=signs.parent)
     assert res.returncode==1
     assert '✗' in res.stdout and 'Failed, attempt 3 of 3' in ' '.join(res.stdout.replace('│', ' ').split())
     assert re.search('rows are processed .* 368 of 368', res.stdout) # the file needs no service
@@ -136,8 +136,9 @@ def test_the_data_stays_and_what_was_cut_off_is_said(tmp_path):
 # The page in a browser
 
 CHROMIUM,DRIVER = shutil.which('chromium'),shutil.which('chromedriver')
-FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync']
+FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync']
+NO_BROWSER = 'needs chromium and chromedriver (Debian: chromium, chromium-driver)'
 
 @pytest.fixture
 def browser(tmp_path):
@@ -162,7 +163,7 @@ def shoot(browser, name):
             browser.save_screenshot(str(folder/f'demo-{name}-{size}-{scheme}.png'))
             assert browser.execute_script('return document.documentElement.scrollWidth') <= width
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver (Debian: chromium, chromium-driver)')
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=NO_BROWSER)
 def test_the_page_in_a_browser(browser, tmp_path, signs):
     find = lambda css: browser.find_elements('css selector', css)
     text = lambda css: ' '.join(o.text for o in find(css))
