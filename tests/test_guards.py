@@ -19,8 +19,8 @@ def source(module): return (ROOT/'bgtasks'/f'{module.replace(".", "/")}.py').rea
 
 def none(faults):
     "Fail with one line for each of `faults`"
-    faults = sorted(faults)
-    assert not faults, '\n'+'\n'.join(faults)
+    faults = sorted(set(faults))
+    if faults: pytest.fail('\n'.join(faults), pytrace=False)
 
 def each(name, find):
     "What `find` says of each cell of the notebook `name`, with the number of the cell"
