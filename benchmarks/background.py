@@ -103,7 +103,8 @@ def import_time(name):
 
 def show(what, ours, other, bound, unit=1e6, name='µs', beside='Starlette'):
     ours,other = ours*unit,other*unit
-    print(f'{what:<40} {ours:>8.2f} {name}  {beside:>9}: {other:>8.2f} {name}  ratio {ours/other:>5.2f}  {bound}', flush=True)
+    print(f'{what:<40} {ours:>8.2f} {name}  {beside:>9}: {other:>8.2f} {name}  ratio {ours/other:>5.2f}  {bound}',
+          flush=True)
 
 def main():
     print(f'Python {sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores; medians, measured in turns\n')
