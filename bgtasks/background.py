@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .errors import BadOption, BadTask, Cancel, NoMiddleware, Retry
 from .job import Job, State, task_name
 from .retry import Backoff
-from .run import _run, pack, run
+from .run import _in_thread, _run, pack, run
 
 # %% ../nbs/api/30_background.ipynb #99c7bf9a
 _log = logging.getLogger('bgtasks')
@@ -52,6 +52,12 @@ class Options:
 _plain,_keep = Options(),object()
 
 # %% ../nbs/api/30_background.ipynb #35e3a97b
+def _unwrapped(call):
+    "Give Starlette's `call` if it is Starlette's own, not somebody's wrapper around it."
+    return call if type(call) is FunctionType and call.__globals__['__name__']=='starlette.background' else None
+
+_bare = _unwrapped(StarletteTask.__call__)
+
 class _Named:
     "Looks like the function of `task`; called, it runs `task` by our runner."
     def __init__(self, task): self._task = task
@@ -73,8 +79,14 @@ class BackgroundTask(StarletteTask):
         *args:Any,      # Its positional arguments
         **kwargs:Any    # Its keyword arguments
     ):
-        if type(func) is FunctionType and func.__code__.co_flags & CO_COROUTINE: # the usual case
-            self.func,self.args,self.kwargs,self.is_async = func,args,kwargs,True
+        known = type(func) is FunctionType # as nearly all are: whether it is async can be told at a glance
+        if known and func.__code__.co_flags & CO_COROUTINE:
+            self.func = func # one by one, which is measurably the quickest
+            self.args = args
+            self.kwargs = kwargs
+            self.is_async = True
+        elif known and not func.__dict__: # nor does a mark say so
+            self.func,self.args,self.kwargs,self.is_async = func,args,kwargs,False
         else:
             if not callable(func): raise BadTask(_not_callable(func))
             super().__init__(func, *args, **kwargs)
@@ -119,11 +131,13 @@ class BackgroundTask(StarletteTask):
         "Run the task; log a failure with its traceback, and raise it as Starlette does."
         token = _run.set(self)
         try:
-            if self.is_async and self.options is _plain: await super().__call__()
-            else: await StarletteTask.__call__(_Watched(self))
+            if self.options is not _plain or StarletteTask.__call__ is not _bare:
+                await StarletteTask.__call__(_Watched(self))
+            elif self.is_async: await self.func(*self.args, **self.kwargs)
+            else: await _in_thread(self.func, self.args, self.kwargs, None, False)
         except Cancel as e: _log.info('Background task %s cancelled itself: %s', task_name(self.func), e)
-        except Exception:
-            _log.exception('Background task %s failed', task_name(self.func))
+        except Exception as e:
+            _log.exception('Background task %s failed: %r', task_name(self.func), e)
             raise
         finally: _run.reset(token)
 
@@ -181,7 +195,7 @@ class BackgroundTasks(BackgroundTask, StarletteTasks):
         "Run one task and give its failure; a task that isn't ours has not logged it yet."
         try: await self._call(task)
         except Exception as e:
-            if not isinstance(task, BackgroundTask): _log.exception('Background task %s failed', _name_of(task))
+            if not isinstance(task, BackgroundTask): _log.exception('Background task %s failed: %r', _name_of(task), e)
             return e
 
     async def _in_order(self):

@@ -6,7 +6,7 @@
 __all__ = ['current_job', 'run', 'cancelled', 'pack', 'close_pool', 'set_limits']
 
 # %% ../nbs/api/20_run.ipynb #c1fdd6b2
-import atexit, multiprocessing.connection, os, pickle, signal, threading, traceback
+import multiprocessing.connection, os, pickle, signal, threading, traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +15,7 @@ from functools import partial
 from importlib import import_module
 from inspect import iscoroutine
 from math import inf
+from multiprocessing.util import Finalize
 from time import perf_counter
 from typing import Any
 
@@ -154,7 +155,9 @@ def _travels(o) -> bool:
 def _homeward(e) -> Exception:
     "Make of `e` an exception that can be pickled, with its traceback as text."
     tb = ''.join(traceback.format_exception(e)).rstrip()
-    if not _travels(e): return RemoteError(f"{type(e).__qualname__}: {e} (the exception itself can't be pickled)\n{tb}")
+    why = 'it would have ended the program' if not isinstance(e, Exception) else \
+          "the exception itself can't be pickled" if not _travels(e) else None
+    if why: return RemoteError(f"{''.join(traceback.format_exception_only(e)).rstrip()} ({why})\n{tb}")
     if not isinstance(e, (Retry, Cancel)): e.add_note(f'\nIn process {os.getpid()}:\n{tb}')
     return e
 
@@ -171,7 +174,7 @@ def _answer(call, job, backend, result, report=None) -> bytes:
         func,args,kwargs = _unpack(call)
         _run.set(_Run(replace(job, args=args, kwargs=kwargs), report))
         value = _call(func, args, kwargs, backend=lambda: backend)
-    except Exception as e: return pickle.dumps(Outcome(error=_homeward(e)))
+    except BaseException as e: return pickle.dumps(Outcome(error=_homeward(e)))
     try: return pickle.dumps(Outcome(value if result else None))
     except Exception as e:
         why = f"{task_name(func)} ran, but its result ({type(value).__name__}) can't be sent back: {e}"
@@ -217,7 +220,8 @@ def _get_pool():
     with _pool_lock:
         if _pool is None or not _pool.active:
             from pebble import ProcessPool # takes 30 ms to import: only who needs it pays
-            if _pool is None: atexit.register(close_pool)
+            if _pool is None: # not `atexit`: a server's workers skip it
+                Finalize(None, _by_import(close_pool), exitpriority=100)
             else: _stop(_pool)
             _pool = ProcessPool(_limits['processes'], initializer=_by_import(_begin_child),
                                 context=multiprocessing.get_context('spawn'))
@@ -239,7 +243,6 @@ def close_pool():
         pool,_pool = _pool,None
         for call in list(_calls): call.cancel()
     if pool is not None: _stop(pool)
-    atexit.unregister(close_pool)
 
 # %% ../nbs/api/20_run.ipynb #33dff246
 async def _finished(future):
@@ -275,6 +278,12 @@ def _no_start(func):
                        "`if __name__ == '__main__':`.")
 
 # %% ../nbs/api/20_run.ipynb #cd2664b6
+def _read(func, outcome):
+    try: return pickle.loads(outcome)
+    except Exception as e:
+        why = f"{task_name(func)} ran, but what it gave can't be unpickled here: {type(e).__name__}: {e}"
+    return Outcome(error=NotPicklable(why))
+
 async def _in_process(func, args, kwargs, timeout, result):
     from pebble import ProcessExpired
     this = _run.get()
@@ -282,7 +291,7 @@ async def _in_process(func, args, kwargs, timeout, result):
     call = pack(func, args, kwargs), job, _backend(), result
     for _ in range(2):
         await _finished(future := _get_pool().schedule(_by_import(_there), call, away, timeout=timeout))
-        try: return pickle.loads(future.result()).unwrap()
+        try: return _read(func, future.result()).unwrap()
         except BrokenProcessPool: continue
         except FutureTimeout: raise _too_slow(func, timeout, 'its process was killed') from None
         except ProcessExpired as e: raise _died(task_name(func), e.exitcode) from None

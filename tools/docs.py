@@ -409,7 +409,7 @@ def write_html(site, dest):
         (dest/p.out).parent.mkdir(parents=True, exist_ok=True)
         up = '../' * (len(p.out.parts)-1)
         nav = ' · '.join(f'<a href="{up}{o.out}">{o.meta.get("title", o.rel)}</a>' for o in site.pagelist)
-        named = [o for k in ('title', 'description') for o in ('--metadata', f'{k}={p.meta.get(k, "")}')]
+        named = [f'--metadata={k}={p.meta.get(v, "")}' for k,v in dict(title='title', subtitle='description').items()]
         html,err = pandoc(json.dumps(local_links(p, site)), '-f', 'json', '-t', 'html5', '-s', '-H', str(head), *named)
         if html is None: raise SystemExit(f'{p.name}: pandoc: {err}')
         (dest/p.out).write_text(html.replace('<body>', f'<body>\n<nav>{nav}</nav>', 1), encoding='utf-8')

@@ -1,5 +1,5 @@
 "Starlette's contract: each test runs with its classes and with ours, which differ in the import only."
-import threading
+import asyncio, inspect, sys, threading
 from contextvars import ContextVar
 from functools import partial
 
@@ -238,3 +238,13 @@ def test_base_http_middleware_when_the_client_has_gone(kind, backend, log):
         with anyio.fail_after(30): await app(scope, receive, send)
     anyio.run(main, backend=backend)
     assert log[-1]=='task' and 'body' in log
+
+def test_a_function_marked_as_async(kind, backend, log):
+    async def add(x): log.append(x)
+    def marked(x): return add(x)
+    if sys.version_info >= (3, 12): inspect.markcoroutinefunction(marked)
+    else: marked._is_coroutine = asyncio.coroutines._is_coroutine
+    task = kind.Task(marked, 'task')
+    assert task.is_async
+    anyio.run(task, backend=backend)
+    assert log == ['task']

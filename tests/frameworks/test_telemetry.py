@@ -1,4 +1,5 @@
 "Fact 8: who measures tasks sees ours as it sees Starlette's: FastAPI's own spans, OpenTelemetry's and Logfire's."
+import os, subprocess, sys
 from functools import partial
 
 import logfire, pytest, starlette.background
@@ -25,7 +26,8 @@ class AsyncCallable:
     async def __call__(self, x): ran.append(x)
 
 funcs = dict(async_task=async_task, sync_task=sync_task, async_partial=partial(async_task),
-             sync_partial=partial(sync_task), callable=Callable(), async_callable=AsyncCallable(), method=ran.append, function=lambda x: ran.append(x))
+             sync_partial=partial(sync_task), callable=Callable(), async_callable=AsyncCallable(), method=ran.append,
+             function=lambda x: ran.append(x))
 
 options = pytest.mark.parametrize('options', [{}, dict(timeout=30), dict(runner='thread', retries=1)],
                                   ids=['plain', 'timeout', 'thread'])
@@ -175,3 +177,27 @@ def test_two_apps_undone_in_either_order(instrument, spans, backend, first):
     for app in apps: visit(app, backend)
     assert names(spans)==[] and ran==[1]*4
     assert starlette.background.BackgroundTask.__call__ is before
+
+EARLY = '''
+import anyio, functools
+from starlette.background import BackgroundTask as Theirs
+call = Theirs.__call__
+@functools.wraps(call)
+async def watched(self):
+    print('span', self.func.__name__)
+    await call(self)
+Theirs.__call__ = watched
+from bgtasks import BackgroundTask
+async def asyn(): print('async ran')
+def sync(): print('sync ran')
+for wrapper in watched, call, watched:
+    Theirs.__call__ = wrapper
+    anyio.run(BackgroundTask(asyn))
+    anyio.run(BackgroundTask(sync))
+'''
+
+def test_a_wrapper_that_is_older_than_bgtasks():
+    env = {**os.environ, 'PYTHONPATH':os.pathsep.join(filter(None, sys.path))}
+    out = subprocess.check_output([sys.executable, '-c', EARLY], env=env, text=True, timeout=120).split('\n')[:-1]
+    seen = ['span asyn', 'async ran', 'span sync', 'sync ran']
+    assert out == seen + seen[1::2] + seen

@@ -1,0 +1,212 @@
+"`bgtasks demo`: the whole story over HTTP, how it ends, and the page in a real browser."
+import os, re, shutil, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import httpx2, pytest
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parents[1]
+BGTASKS = [sys.executable, '-c', 'from bgtasks.cli import main; main()']
+HERE = 'http://127.0.0.1'
+HTMX = {'HX-Request': 'true'}
+
+def bgtasks(*args, cwd):
+    return subprocess.run([*BGTASKS, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+def soon(ready, seconds=20):
+    "Wait until `ready()` is true, and give what it gave"
+    end = time.monotonic()+seconds
+    while not (res := ready()) and time.monotonic() < end: time.sleep(.05)
+    return res
+
+def states(*args):
+    "Process numbers and the states of these processes, from `ps`"
+    out = subprocess.run(['ps', '-o', 'pid=,stat=', *args], capture_output=True, text=True).stdout
+    return {int(pid): stat for pid,stat in (l.split() for l in out.splitlines())}
+
+def alive(pids): return [p for p,stat in states('-p', ','.join(map(str, pids))).items() if stat[0]!='Z']
+
+class Demo:
+    "A running `bgtasks demo`, and what it has said"
+    def __init__(self, cwd, *args):
+        self.proc = subprocess.Popen([*BGTASKS, 'demo', *map(str, args)], cwd=cwd, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True)
+        self.said = ''
+        while 'Ctrl-C' not in self.said:
+            if not (line := self.proc.stdout.readline()): raise AssertionError(self.said + self.proc.communicate()[1])
+            self.said += line
+        self.url = re.search(r'Dashboard\s+(\S+)', self.said)[1]
+        self.data = Path(re.search(r'Data\s+(\S+)', self.said)[1])
+        self.children = list(states('--ppid', str(self.proc.pid)))
+
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        if self.proc.poll() is None: self.end(signal.SIGTERM)
+
+    def end(self, sig):
+        "Send a signal, wait for all processes, and give exit code, standard output and error"
+        self.proc.send_signal(sig)
+        out,err = self.proc.communicate(timeout=20)
+        assert soon(lambda: not alive(self.children)), alive(self.children)
+        return self.proc.returncode,out,err
+
+@pytest.fixture
+def signs(tmp_path):
+    assert bgtasks('demo', '--make-csv', 'signs.csv', cwd=tmp_path).returncode==0
+    return tmp_path/'signs.csv'
+
+def closed_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+# The check
+
+def test_check_tells_what_it_measured(signs):
+    res = bgtasks('demo', '--check', signs, '--seconds', 1, '--pace', 0, cwd=signs.parent)
+    rows = len(signs.read_text().splitlines())-1
+    assert res.returncode==0, res.stdout+res.stderr
+    assert res.stdout.count('✓')==7 and '✗' not in res.stdout
+    assert re.search(r'button is answered .* 202 in \d+ ms', res.stdout)
+    apart = float(re.search(r'they are ([\d.]+) s apart', res.stdout)[1])
+    took = float(re.search(r'after ([\d.]+) s', res.stdout)[1])
+    assert 1 <= apart <= took
+    assert rows > 300 and re.search(rf'rows are processed .* {rows} of {rows} in [\d.]+ s', res.stdout)
+    assert 'Traceback' not in res.stderr
+
+def test_check_counts_faulty_rows(tmp_path):
+    (tmp_path/'messy.csv').write_bytes('name;town\nAda;"Lon\ndon"\n\nGrace\nJosé;Lima\n'.encode() + b'Jos\xe9;Lima\n')
+    res = bgtasks('demo', '--check', 'messy.csv', '--seconds', .2, cwd=tmp_path)
+    assert res.returncode==0, res.stdout+res.stderr
+    assert re.search('rows are processed .* 4 of 4', res.stdout) and re.search('Faulty rows .* 2 of 2', res.stdout)
+
+def test_check_fails_when_the_service_is_down(signs):
+    res = bgtasks('demo', '--check', signs, '--service', f'{HERE}:{closed_port()}', '--pace', 0, cwd=signs.parent)
+    assert res.returncode==1
+    assert '✗' in res.stdout and 'Failed, attempt 3 of 3' in ' '.join(res.stdout.replace('│', ' ').split())
+    assert re.search('rows are processed .* 368 of 368', res.stdout) # the file needs no service
+
+def test_check_of_no_file(tmp_path):
+    (tmp_path/'void.csv').write_bytes(b'')
+    for name in ('none.csv', 'void.csv'):
+        res = bgtasks('demo', '--check', name, cwd=tmp_path)
+        assert (res.returncode, res.stdout)==(1, '')
+        assert res.stderr.startswith(f"Error: {name} can't be checked") and res.stderr.count('\n')==1
+
+@pytest.mark.parametrize('missing', ['click', 'rich', 'httpx2'])
+def test_a_missing_extra_is_named(missing, tmp_path):
+    code = f"import sys; sys.modules[{missing!r}] = None; from bgtasks.cli import main; main(['demo', '--help'])"
+    res = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert (res.returncode, res.stdout)==(1, '')
+    assert f'needs {missing}' in res.stderr and "pip install 'bgtasks[demo]'" in res.stderr
+
+# How it begins and ends
+
+@pytest.mark.parametrize('sig,code', [('SIGINT', 0), ('SIGTERM', 0), ('SIGHUP', 0), ('SIGKILL', -9)])
+def test_nothing_is_left_behind(sig, code, tmp_path):
+    with Demo(tmp_path, '--port', 0, '--service-port', 0) as demo:
+        assert len(demo.children)==2 and httpx2.post(f'{demo.url}/calls', headers=HTMX).status_code==202
+        rc,out,err = demo.end(signal.Signals[sig])
+    assert rc==code and not list(tmp_path.iterdir())
+    if code==0: assert (out, err, demo.data.parent.exists())==('Stopped.\n', '', False)
+    else: # nobody was left to clear up, and the call lost its service before its own process ended
+        assert out=='' and 'Traceback' not in err
+        shutil.rmtree(demo.data.parent)
+
+def test_a_taken_port_is_no_obstacle(tmp_path):
+    with socket.socket() as a, socket.socket() as b:
+        ports = []
+        for s in (a, b):
+            s.bind(('127.0.0.1', 0)); s.listen(); ports.append(s.getsockname()[1])
+        with Demo(tmp_path, '--port', ports[0], '--service-port', ports[1]) as demo:
+            assert f'(port {ports[0]} is taken)' in demo.said
+            assert f':{ports[0]} ' not in demo.said and f':{ports[1]} ' not in demo.said
+            assert httpx2.get(demo.url).status_code==200
+
+def test_the_data_stays_and_what_was_cut_off_is_said(tmp_path):
+    data = tmp_path/'kept.db'
+    with Demo(tmp_path, '--port', 0, '--service-port', 0, '--data', data, '--seconds', 60) as demo:
+        assert data.stat().st_mode & 0o777 == 0o600
+        httpx2.post(f'{demo.url}/calls', headers=HTMX)
+        demo.end(signal.SIGKILL)
+    with Demo(tmp_path, '--port', 0, '--service-port', 0, '--data', data) as demo:
+        card = BeautifulSoup(httpx2.get(f'{demo.url}/calls/1').text, 'html.parser').select_one('.card')
+    assert card['data-state']=='failed' and 'stopped before this was done' in card.text
+
+# The page in a browser
+
+CHROMIUM,DRIVER = shutil.which('chromium'),shutil.which('chromedriver')
+FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync']
+NO_BROWSER = 'needs chromium and chromedriver (Debian: chromium, chromium-driver)'
+
+@pytest.fixture
+def browser(tmp_path):
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for o in (*FLAGS, f'--user-data-dir={tmp_path/"profile"}'): options.add_argument(o)
+    res = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield res
+    res.quit()
+
+def shoot(browser, name):
+    "Save the page as it is, wide and narrow, light and dark"
+    folder = Path(os.environ.get('BGTASKS_ARTIFACTS') or ROOT/'screenshots')
+    folder.mkdir(parents=True, exist_ok=True)
+    for size,width in (('wide', 1280), ('narrow', 390)):
+        for scheme in ('light', 'dark'):
+            metrics = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
+            browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', metrics)
+            media = dict(features=[dict(name='prefers-color-scheme', value=scheme)])
+            browser.execute_cdp_cmd('Emulation.setEmulatedMedia', media)
+            browser.save_screenshot(str(folder/f'demo-{name}-{size}-{scheme}.png'))
+            assert browser.execute_script('return document.documentElement.scrollWidth') <= width
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=NO_BROWSER)
+def test_the_page_in_a_browser(browser, tmp_path, signs):
+    find = lambda css: browser.find_elements('css selector', css)
+    text = lambda css: ' '.join(o.text for o in find(css))
+    def upload(path):
+        find('#file')[0].send_keys(str(path))
+        find('form[action="/uploads"] button')[0].click()
+    messy,void = tmp_path/'"><b>.csv',tmp_path/'void.csv'
+    messy.write_bytes(b''.join(signs.read_bytes().splitlines(keepends=True)[:9]) + b'U+0041,A\nU+00E9,\xe9,E,Ll,0\n')
+    void.write_bytes(b'')
+    with Demo(tmp_path, '--port', 0, '--service-port', 0) as demo:
+        browser.get(demo.url)
+        assert browser.title=='Background tasks at work' and not find('.card')
+        shoot(browser, 'new')
+        # two presses are answered while the service thinks about the first one, and the file is on its way beside them
+        for n in (1, 2):
+            find('form[action="/calls"] button')[0].click()
+            assert soon(lambda: len(find('#calls .card.running'))==n)
+        upload(signs)
+        assert soon(lambda: find('#uploads .card.running progress[value]:not([value="0"])'))
+        assert 'answered in' in text('form[action="/calls"] output') and len(find('#calls .card.running'))==2
+        shoot(browser, 'working')
+        # both ends are reached without another press, and then nothing is asked any more
+        assert soon(lambda: len(find('#calls .card.done'))==2 and find('#uploads .card.done'), 40)
+        assert all(len(o.find_elements('css selector', 'time'))==2 for o in find('#calls .card'))
+        assert '368 of 368 rows' in text('#uploads') and not find('[hx-trigger]')
+        # what is refused says why, where it is read out; what is faulty is counted; a name stays a name
+        upload(void)
+        assert soon(lambda: text('#refused')=='void.csv is empty.')
+        browser.refresh()
+        upload(messy)
+        assert soon(lambda: '10 of 10 rows 2 faulty' in ' '.join(text('#uploads').split()))
+        find('details summary')[0].click()
+        assert '2 of 5 columns' in text('details li') and not find('.card b') and not find('#refused:not(:empty)')
+        # a service that is down is a failed request on the page
+        os.kill(int(re.search(r'kill (\d+)', demo.said)[1]), signal.SIGKILL)
+        find('form[action="/calls"] button')[0].click()
+        assert soon(lambda: 'Failed, attempt 3 of 3' in text('#calls')) and 'ConnectionError' in text('#calls')
+        shoot(browser, 'done')
+        # all it loaded came from the demo itself
+        loaded = browser.execute_script("return performance.getEntriesByType('resource').map(o => o.name)")
+        assert {o.rpartition('/')[2] for o in loaded} >= {'demo.js', 'demo.css'}
+        assert all(o.startswith((demo.url+'/', 'data:')) for o in loaded), loaded
+        # and when it is gone, the page says so
+        demo.end(signal.SIGTERM)
+        find('form[action="/calls"] button')[0].click()
+        assert soon(lambda: 'doesn’t answer' in text('#offline'))
