@@ -178,7 +178,7 @@ def _held(self:Worker, turn):
 def _sort_tasks(self:Worker):
     "Tell each lane which tasks are its own; tasks may be added at any time."
     if sum(len(l.names) for l in self._lanes.values())==len(self.queue.tasks): return
-    kinds = {t.name: t.runner or (None if t.is_async else 'thread') for t in self.queue.tasks.values()}
+    kinds = {t.name: t.runner or (None if t.is_async else 'thread') for t in tuple(self.queue.tasks.values())}
     for kind,lane in self._lanes.items(): lane.names = [n for n,k in kinds.items() if k==kind]
 
 @patch
@@ -224,9 +224,7 @@ def _bear(self:Worker, turn, now):
 def _plan(self:Worker, turn, now):
     "Tell when to ask the store for jobs again."
     self._asked_at = now
-    if turn.full:
-        self._ask_at = 0
-        return
+    if turn.full: self._ask_at = 0; return
     if any(jobs for _,jobs in turn.jobs): self._gap = 0
     elif not self._running and not self._done and (turn.due is None or turn.due > 0): self._empty.set()
     self._gap = min(max(2*self._gap, .0005), 1)
@@ -252,7 +250,6 @@ def _reported(self:Worker):
     self._reporting = True
     self._stir.set()
 
-# %% ../nbs/api/40_worker.ipynb #687f1a55
 @patch
 def _rest_time(self:Worker, now) -> float:
     "Seconds until there is something to do."
@@ -277,21 +274,28 @@ async def _rest(self:Worker):
 # %% ../nbs/api/40_worker.ipynb #7af55438
 @patch
 async def _linger(self:Worker):
-    "Let what is at hand come to its end."
+    "Let what is at hand on the loop come to its end."
     end = monotonic()+.002
-    while monotonic() < end and any(l.ready for l in self._lanes.values()): await asyncio.sleep(0)
+    while self._lanes[None].ready and monotonic() < end: await asyncio.sleep(0)
 
 @patch
 async def _pump(self:Worker):
     "Take turn after turn."
     while not self._closed:
-        await self._rest()
-        await self._linger()
-        self._turn = turn = self._gather(monotonic())
-        try: await self.queue.do(turn.take, self.queue.store)
-        except Exception as e: turn.error = e
-        self._turn = None
-        self._digest(turn)
+        try: await self._take_turn()
+        except Exception:
+            _log.exception('Worker %s: a fault of bgtasks itself; it goes on', self.name)
+            await asyncio.sleep(.1)
+
+@patch
+async def _take_turn(self:Worker):
+    await self._rest()
+    await self._linger()
+    self._turn = turn = self._gather(monotonic())
+    try: await self.queue.do(turn.take, self.queue.store)
+    except Exception as e: turn.error = e
+    finally: self._turn = None
+    self._digest(turn)
 
 # %% ../nbs/api/40_worker.ipynb #956e90c7
 @patch
