@@ -18,25 +18,11 @@ from msgspec import json, structs
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id
 from .job import Call, Done, Event, Failure, Job, Progress, State
-from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, after_end, app_id, as_job, as_new_job,
+from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, after_end, as_claimed_job, as_new_job,
     as_row, await_parents, cancel_jobs, corrupt, ends, forget, held, insert_sql, job_sql, json_in, json_list,
-    keep_progress, note, prolong, readable, schemas, states, take)
+    keep_progress, note, prolong, readable, states, take, up_to_date)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
-def _up_to_date(cx):
-    "Make the tables or bring them forward."
-    app,have = cx.pragma('application_id'),cx.pragma('user_version')
-    if app != app_id and (app or cx.execute('SELECT 1 FROM sqlite_master').fetchall()):
-        raise StoreError(f'{cx.filename}: this is the SQLite database of another program; give a path of its own')
-    if have > len(schemas): raise StoreError(f'{cx.filename}: written by a newer bgtasks (schema {have}, this one '
-        f'knows {len(schemas)}). Upgrade bgtasks here, or give it another file.')
-    for script in schemas[have:]: cx.execute(script)
-    if have < len(schemas): cx.execute(f'PRAGMA application_id={app_id}; PRAGMA user_version={len(schemas)}')
-    if cx.execute('SELECT boot FROM counter').fetchall()[0][0] != boot_id():
-        cx.execute('UPDATE jobs SET until=-1e18 WHERE st=2')
-        cx.execute('UPDATE counter SET boot=?', (boot_id(),))
-
-# %% ../nbs/api/21_sqlite.ipynb #30a6d865
 class SQLiteStore:
     "Jobs in one SQLite file, or in memory."
     def __init__(self,
@@ -51,7 +37,7 @@ class SQLiteStore:
             raise BadOption(f"SQLiteStore(durability={durability!r}): durability must be 'power' or 'process'")
         self.durability,self.clock,self.ticks = durability,clock,ticks or (time.monotonic if boot_id() else clock)
         self._lanes,self._paused,self._lanes_at = {},set(),None
-        self.file = SharedFile(path, durability=='power', timeout, _up_to_date)
+        self.file = SharedFile(path, durability=='power', timeout, lambda cx: up_to_date(cx, boot_id()))
 
     @property
     def path(self) -> str:
@@ -184,22 +170,22 @@ def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|Non
             later += cx.execute(sql, (lane,)).fetchall()
     return min(later)[0] - self.clock() if later else None
 
+_due = f'{job_sql} WHERE j.st=1 AND j.lane=? ORDER BY j.priority DESC, j.seq LIMIT ?'
+
 @patch
 def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     now,lanes = self.clock(),self._open_lanes(cx, tasks, queues)
     for lane in lanes: cx.execute('UPDATE jobs SET st=1 WHERE st=0 AND lane=? AND run_at<=?', (lane, now))
-    found = [cx.execute('SELECT -priority, seq FROM jobs WHERE st=1 AND lane=? ORDER BY priority DESC, seq LIMIT ?',
-                        (lane, limit)).fetchall() for lane in lanes]
-    seqs = json_list(s for _,s in islice(merge(*found), limit))
-    if seqs=='[]': return []
-    cx.execute('UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq '
-               + json_in, (worker, now, self.ticks()+lease, seqs))
-    rows = cx.execute(f'{job_sql} WHERE j.seq {json_in} ORDER BY j.priority DESC, j.seq', (seqs,)).fetchall()
+    found = [cx.execute(_due, (lane, limit)).fetchall() for lane in lanes]
+    rows = found[0] if len(found)==1 else list(islice(merge(*found, key=lambda r: (-r[5], r[-1])), limit))
+    if not rows: return []
+    sql = 'UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq ' + json_in
+    cx.execute(sql, (worker, now, self.ticks()+lease, json_list(r[-1] for r in rows)))
     jobs,broken = [],[]
     for row in rows:
-        try: jobs.append(as_job(row))
+        try: jobs.append(as_claimed_job(row, worker, now))
         except (ValueError, TypeError) as e:
-            broken.append(Done(seq=row[-1], attempt=row[10], state=State.dead, error=corrupt(e)))
+            broken.append(Done(seq=row[-1], attempt=row[10]+1, state=State.dead, error=corrupt(e)))
     note(cx, [(j.seq, 'running', j.attempt, now, None) for j in jobs])
     if broken: self._finish(cx, broken)
     return jobs
@@ -212,32 +198,46 @@ def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection
     return self._write(self._claim, worker, tasks, queues, limit, lease)
 
 # %% ../nbs/api/21_sqlite.ipynb #cf43e789
+class _Late(Exception): "Some attempt has ended already, or was taken over."
+
+_end = 'UPDATE jobs SET st=?, finished_at=?, until=?+keep, value=?, error=? WHERE seq=? AND attempt=? AND st=2'
+_again = ('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(?,error), until=NULL '
+          'WHERE seq=? AND attempt=? AND st=2')
+
 @patch
 def _finish(self:SQLiteStore, cx, done):
     if not done: return []
-    now,running = self.clock(),held(cx, [(d.seq, d.attempt) for d in done])
-    ended,again,facts,good = [],[],[],[]
+    before,now = cx.total_changes(),self.clock()
+    ended,again,facts = [],[],[]
     for d in done:
-        ours = (d.seq, d.attempt) in running
-        good.append(ours)
-        if not ours: continue
-        running.discard((d.seq, d.attempt)) # a second outcome of the same attempt is late, too
         error = None if d.error is None else json.encode(d.error)
         facts.append((d.seq, d.state.value, d.attempt, now, error))
         if d.state is State.queued:
             run_at = now if d.run_at is None else d.run_at
-            again.append((LATER if run_at > now else DUE, run_at, not d.counts, error, d.seq))
-        else: ended.append((ends[d.state], now, now, d.value, error, d.seq))
-    cx.executemany('UPDATE jobs SET st=?, finished_at=?, until=?+keep, value=?, error=? WHERE seq=?', ended)
-    cx.executemany('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(?,error), until=NULL WHERE seq=?', again)
+            again.append((LATER if run_at > now else DUE, run_at, not d.counts, error, d.seq, d.attempt))
+        else: ended.append((ends[d.state], now, now, d.value, error, d.seq, d.attempt))
+    cx.executemany(_end, ended)
+    cx.executemany(_again, again)
+    if cx.total_changes()-before != len(done): raise _Late # somebody else has ended or taken one of them
     note(cx, facts)
-    after_end(cx, [e[-1] for e in ended if e[0]==SUCCEEDED], [e[-1] for e in ended if e[0] != SUCCEEDED], now)
-    return good
+    after_end(cx, [e[-2] for e in ended if e[0]==SUCCEEDED], [e[-2] for e in ended if e[0] != SUCCEEDED], now)
+    return [True]*len(done)
 
 @patch
 def finish(self:SQLiteStore, done:Sequence[Done]) -> list[bool]:
     "Write down what came of attempts, in one commit."
-    return self._write(self._finish, done) if done else []
+    try: return self._write(self._finish, done) if done else []
+    except _Late: return self._write(self._finish_in_time, done)
+
+@patch
+def _finish_in_time(self:SQLiteStore, cx, done):
+    "Write down what is in time; a second outcome of the same attempt is late, too."
+    running,good = held(cx, [(d.seq, d.attempt) for d in done]),[]
+    for d in done:
+        good.append((d.seq, d.attempt) in running)
+        running.discard((d.seq, d.attempt))
+    self._finish(cx, [d for d,ours in zip(done, good) if ours])
+    return good
 
 # %% ../nbs/api/21_sqlite.ipynb #77a93f85
 @patch

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'app_id', 'schemas',
-           'json_in', 'job_sql', 'insert_sql', 'json_list', 'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job',
-           'take', 'note', 'held', 'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'forget']
+           'json_in', 'job_sql', 'insert_sql', 'up_to_date', 'json_list', 'as_job', 'as_claimed_job', 'corrupt',
+           'readable', 'as_row', 'as_new_job', 'take', 'note', 'held', 'prolong', 'keep_progress', 'cancel_jobs',
+           'after_end', 'await_parents', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any
 
 from msgspec import json
 
+from .errors import StoreError
 from .job import Call, Failure, Job, Progress, State
 
 # %% ../nbs/api/14_tables.ipynb #b46a9617
@@ -48,6 +50,24 @@ CREATE TABLE counter(one INTEGER PRIMARY KEY CHECK(one = 1), seq INTEGER, event 
 INSERT INTO counter VALUES(1, 0, 0, 0, '');
 """] # schemas[n] brings a file from schema n to n+1
 
+# %% ../nbs/api/14_tables.ipynb #3e94c21b
+def up_to_date(
+    cx:Any,     # A connection in a transaction
+    boot:str    # What changes when the machine starts again
+):
+    "Make the tables or bring them forward; end all leases if the machine has been started again."
+    name = cx.filename or 'this database'
+    app,have = cx.pragma('application_id'),cx.pragma('user_version')
+    if app != app_id and (app or cx.execute('SELECT 1 FROM sqlite_master').fetchall()):
+        raise StoreError(f'{name}: made by another program; give a path of its own')
+    if have > len(schemas): raise StoreError(f'{name}: written by a newer bgtasks (schema {have}, this one '
+        f'knows {len(schemas)}). Upgrade bgtasks here, or give it another file.')
+    for script in schemas[have:]: cx.execute(script)
+    if have < len(schemas): cx.execute(f'PRAGMA application_id={app_id}; PRAGMA user_version={len(schemas)}')
+    if cx.execute('SELECT boot FROM counter').fetchall()[0][0] != boot:
+        cx.execute('UPDATE jobs SET until=-1e18 WHERE st=2')
+        cx.execute('UPDATE counter SET boot=?', (boot,))
+
 # %% ../nbs/api/14_tables.ipynb #a1b1c126
 def json_list(
     values:Iterable # Numbers or strings
@@ -77,6 +97,16 @@ def as_job(
         crashes=crashes, retries=retries, timeout=timeout, key=key, after=tuple(_maybe(after) or ()), keep=keep,
         result=_maybe(value), error=_maybe(error, _error.decode), progress=_maybe(progress, _progress.decode),
         worker=worker, seq=seq)
+
+def as_claimed_job(
+    row:tuple,  # As `job_sql` selected it, before it was claimed
+    worker:str, # Who has it now
+    now:float   # Seconds since 1970
+) -> Job:
+    "Make a record of a row that is just being claimed; raises as `as_job` does."
+    row = list(row)
+    row[4],row[8],row[10],row[20],row[21] = RUNNING,now,row[10]+1,None,worker
+    return as_job(row)
 
 def corrupt(
     e:Exception # What `as_job` raised
