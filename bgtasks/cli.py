@@ -26,7 +26,8 @@ class Command:
             sys.exit(_missing(e.name, self.extra))
 
 COMMANDS = dict(
-    demo=Command('bgtasks.demo:demo', 'demo', 'Show background tasks at work in a browser, or check them without one.'))
+    demo=Command('bgtasks.demo:demo', 'demo', 'Show background tasks at work in a browser, or check them without one.'),
+    worker=Command('bgtasks.command:worker', 'worker', 'Run the jobs of a queue, beside the app or without one.'))
 
 # %% ../nbs/api/56_cli.ipynb #03496c7e
 def _missing(name, extra):
@@ -48,7 +49,8 @@ def main(
     args:list[str]|None=None # The words after `bgtasks`; those of this process if missing
 ) -> None:
     "Run the command line."
+    words = sys.argv[1:] if args is None else args
     try: bgtasks = group()
-    except ModuleNotFoundError as e: sys.exit(_missing(e.name, 'demo'))
+    except ModuleNotFoundError as e: sys.exit(_missing(e.name, COMMANDS['demo' if 'demo' in words else 'worker'].extra))
     try: bgtasks(args, prog_name='bgtasks')
     except KeyboardInterrupt: sys.exit(130) # as a shell has it: 128 and the number of the signal
