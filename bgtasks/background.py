@@ -49,7 +49,12 @@ class Options:
             bad('retries', 'a whole number, 0 or more')
         if not isinstance(self.backoff, Backoff): bad('backoff', 'a Backoff, such as Backoff(base=2)')
 
-_plain,_keep = Options(),object()
+class _Default:
+    "A default that is told apart from any value, and shows in a signature what it means."
+    def __init__(self, means): self.means = means
+    def __repr__(self): return f'<{self.means}>'
+
+_plain,_keep = Options(),_Default('as it is')
 
 # %% ../nbs/api/30_background.ipynb #35e3a97b
 def _unwrapped(call):
@@ -289,8 +294,8 @@ class BackgroundMiddleware:
     def __init__(self,
         app:ASGIApp,           # The app, or the next middleware
         *,
-        on_error:str='stop',   # As in `BackgroundTasks`
-        concurrent:bool=False  # As in `BackgroundTasks`
+        on_error:str='stop',   # As in BackgroundTasks, for the tasks of each request
+        concurrent:bool=False  # As in BackgroundTasks
     ):
         self.app,self._group = app,partial(BackgroundTasks, on_error=on_error, concurrent=concurrent)
         self._group() # a wrong option is found here, not at the first request
@@ -316,7 +321,7 @@ class BackgroundMiddleware:
             await self._group(tasks)()
 
 # %% ../nbs/api/30_background.ipynb #3f1fec95
-_missing = object()
+_missing = _Default('the function below')
 
 def background(
     func:Callable=_missing, # The function, `async` or not, passed without calling it
