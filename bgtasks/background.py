@@ -164,10 +164,19 @@ class BackgroundTasks(BackgroundTask, StarletteTasks):
         on_error:str='stop',   # A failure stops those after it; `'continue'`: all run, then an `ExceptionGroup`
         concurrent:bool=False  # Start all at once rather than one after the other?
     ):
-        if on_error not in ('stop', 'continue'):
-            raise BadOption(f"BackgroundTasks(on_error={on_error!r}): on_error must be 'stop' or 'continue'")
         self.tasks,self.on_error,self.concurrent = [_checked(t) for t in tasks or ()],on_error,concurrent
         self.args,self.kwargs,self.is_async,self._given = (),{},True,{}
+
+    @property
+    def on_error(self) -> str:
+        "What a failure does to the tasks after it: `'stop'` or `'continue'`."
+        return self._on_error
+
+    @on_error.setter
+    def on_error(self, value):
+        if value not in ('stop', 'continue'):
+            raise BadOption(f"BackgroundTasks(on_error={value!r}): on_error must be 'stop' or 'continue'")
+        self._on_error = value
 
     @property
     def func(self) -> Callable:
