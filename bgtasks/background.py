@@ -159,7 +159,7 @@ def _not_callable(func):
 # %% ../nbs/api/30_background.ipynb #94ec3d81
 class BackgroundTasks(BackgroundTask, StarletteTasks):
     "Run several tasks after the response has been sent."
-    _on_error,concurrent,args,kwargs,is_async,_given = 'stop',False,(),{},True,{} # a subclass may leave out our __init__
+    _on_error,concurrent,args,kwargs,is_async,_given = 'stop',False,(),{},True,{} # for a subclass without our __init__
 
     def __init__(self,
         tasks:Iterable[StarletteTask]|None=None, # The first ones
