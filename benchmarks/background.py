@@ -67,20 +67,18 @@ def load_elsewhere(port, seconds):
 
 # The measurements: each takes ours and the other in turns and gives the medians
 
+async def nothing(x): pass
+def sync_nothing(x): pass
+
 async def per_task(make, func, n):
     start = time.perf_counter()
     for _ in range(n): await make(func, 1)()
     return (time.perf_counter()-start)/n
 
-async def nothing(x): pass
-def sync_nothing(x): pass
+async def making_and_running(func, n, rounds=201):
+    return [[await per_task(make, func, n) for make in (Ours, Theirs)] for _ in range(rounds)]
 
-def in_turns(rounds, *measures):
-    rows = [[m() for m in measures] for _ in range(rounds+1)][1:] # the first round warms up
-    return [median(o) for o in zip(*rows)]
-
-def making_and_running(func, n):
-    return in_turns(25, *(lambda make=make: anyio.run(per_task, make, func, n) for make in (Ours, Theirs)))
+def in_turns(rounds, *measures): return [[m() for m in measures] for _ in range(rounds)]
 
 def waiting_visitor(whose):
     "Leave 45 slow tasks, then ask for a page of a sync handler."
@@ -101,22 +99,24 @@ def import_time(name):
     code = f'import time; t = time.perf_counter(); import {name}; print(time.perf_counter()-t)'
     return float(subprocess.check_output([sys.executable, '-c', code]))
 
-def show(what, ours, other, bound, unit=1e6, name='µs', beside='Starlette'):
-    ours,other = ours*unit,other*unit
-    print(f'{what:<40} {ours:>8.2f} {name}  {beside:>9}: {other:>8.2f} {name}  ratio {ours/other:>5.2f}  {bound}',
-          flush=True)
+def show(what, turns, bound, unit, beside='Starlette'):
+    "Print a line for `turns`, pairs of ours and the other: the medians of each and of their ratios."
+    scale = {'µs':1e6, 'ms':1e3}[unit]
+    ours,other = (median(o)*scale for o in zip(*turns))
+    ratio = median(a/b for a,b in turns)
+    print(f'{what:<39}{ours:>8.2f} {unit}  {beside:>9}{other:>9.2f} {unit}  ratio {ratio:>6.3f}  {bound}', flush=True)
 
 def main():
-    print(f'Python {sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores; medians, measured in turns\n')
-    show('make and run an async task', *making_and_running(nothing, 20_000), 'wanted: at most 1')
-    show('make and run a sync task', *making_and_running(sync_nothing, 1_000), 'wanted: at most 1')
-    ours,theirs = in_turns(3, lambda: waiting_visitor('ours'), lambda: waiting_visitor('theirs'))
-    show('a sync page beside 45 slow sync tasks', ours, theirs, 'wanted: under 50 ms', 1e3, 'ms')
-    idle,process,thread = in_turns(5, *(lambda r=r: visitors(r) for r in (None, 'process', 'thread')))
-    show('p99 of an async page, 2 busy processes', process, idle, 'wanted: at most 3', 1e3, 'ms', 'idle')
-    show('p99 of an async page, 2 busy threads', thread, idle, '(for comparison)', 1e3, 'ms', 'idle')
-    ours,theirs = in_turns(15, lambda: import_time('bgtasks'), lambda: import_time('starlette.applications'))
-    show('import', ours, theirs, 'wanted: at most 1.5', 1e3, 'ms')
+    print(f'Python {sys.version.split()[0]}, {os.cpu_count()} cores; medians, measured in turns\n')
+    show('make and run an async task', anyio.run(making_and_running, nothing, 2000), 'wanted: at most 1', 'µs')
+    show('make and run a sync task', anyio.run(making_and_running, sync_nothing, 50), 'wanted: at most 1', 'µs')
+    turns = in_turns(3, lambda: waiting_visitor('ours'), lambda: waiting_visitor('theirs'))
+    show('a sync page beside 45 slow sync tasks', turns, 'wanted: under 50 ms', 'ms')
+    turns = in_turns(5, *(lambda r=r: visitors(r) for r in (None, 'process', 'thread')))
+    show('p99 of an async page, 2 busy processes', [(p, i) for i,p,_ in turns], 'wanted: at most 3', 'ms', 'idle')
+    show('p99 of an async page, 2 busy threads', [(t, i) for i,_,t in turns], 'for comparison', 'ms', 'idle')
+    turns = in_turns(15, lambda: import_time('bgtasks'), lambda: import_time('starlette.applications'))
+    show('import', turns, 'wanted: at most 1.5', 'ms')
 
 if __name__=='__main__':
     match sys.argv[1:]:

@@ -20,6 +20,7 @@ import anyio
 from msgspec import structs
 from starlette.background import BackgroundTask as StarletteTask, BackgroundTasks as StarletteTasks
 from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import BadOption, BadTask, Cancel, NoMiddleware, Retry
@@ -49,7 +50,12 @@ class Options:
             bad('retries', 'a whole number, 0 or more')
         if not isinstance(self.backoff, Backoff): bad('backoff', 'a Backoff, such as Backoff(base=2)')
 
-_plain,_keep = Options(),object()
+class _Default:
+    "A default that is told apart from any value, and shows in a signature what it means."
+    def __init__(self, means): self.means = means
+    def __repr__(self): return f'<{self.means}>'
+
+_plain,_keep = Options(),_Default('as it is')
 
 # %% ../nbs/api/30_background.ipynb #35e3a97b
 def _unwrapped(call):
@@ -153,16 +159,27 @@ def _not_callable(func):
 # %% ../nbs/api/30_background.ipynb #94ec3d81
 class BackgroundTasks(BackgroundTask, StarletteTasks):
     "Run several tasks after the response has been sent."
+    _on_error,concurrent,args,kwargs,is_async,_given = 'stop',False,(),{},True,{} # for a subclass without our __init__
+
     def __init__(self,
         tasks:Iterable[StarletteTask]|None=None, # The first ones
         *,
         on_error:str='stop',   # A failure stops those after it; `'continue'`: all run, then an `ExceptionGroup`
         concurrent:bool=False  # Start all at once rather than one after the other?
     ):
-        if on_error not in ('stop', 'continue'):
-            raise BadOption(f"BackgroundTasks(on_error={on_error!r}): on_error must be 'stop' or 'continue'")
         self.tasks,self.on_error,self.concurrent = [_checked(t) for t in tasks or ()],on_error,concurrent
-        self.args,self.kwargs,self.is_async,self._given = (),{},True,{}
+        self.kwargs = {}
+
+    @property
+    def on_error(self) -> str:
+        "What a failure does to the tasks after it: `'stop'` or `'continue'`."
+        return self._on_error
+
+    @on_error.setter
+    def on_error(self, value):
+        if value not in ('stop', 'continue'):
+            raise BadOption(f"BackgroundTasks(on_error={value!r}): on_error must be 'stop' or 'continue'")
+        self._on_error = value
 
     @property
     def func(self) -> Callable:
@@ -186,7 +203,7 @@ class BackgroundTasks(BackgroundTask, StarletteTasks):
             raise BadOption(f"using() can't set options for {other[0]!r}: make it with the BackgroundTask of bgtasks")
         replace(_plain, **options)
         for t in self.tasks: t.using(**options)
-        self._given |= options
+        self._given = self._given | options
         return self
 
     async def _call(self, task): await task()
@@ -206,13 +223,18 @@ class BackgroundTasks(BackgroundTask, StarletteTasks):
         return errors
 
     async def _at_once(self):
-        errors = []
+        errors,begun = [],0
         async with anyio.create_task_group() as group:
             async def one(task):
-                if (e := await self._one(task)) is None: return
-                errors.append(e)
-                if self.on_error=='stop': group.cancel_scope.cancel()
-            for task in self.tasks: group.start_soon(one, task)
+                if (e := await self._one(task)) is not None:
+                    errors.append(e)
+                    if self.on_error=='stop': return group.cancel_scope.cancel()
+                begin() # what this task has added
+            def begin():
+                nonlocal begun
+                news,begun = self.tasks[begun:],len(self.tasks)
+                for task in news: group.start_soon(one, task)
+            begin()
         return errors
 
     async def __call__(self) -> None:
@@ -245,7 +267,10 @@ class _Exchange:
         if kind=='http.response.start': self.status = message['status']
         elif kind=='websocket.accept': self.accepted = True
         elif kind in ('websocket.close', 'websocket.http.response.start'): self.open = False
-        await self._send(message)
+        try: await self._send(message)
+        except OSError: # by this a server says that the client has gone
+            self.open = False
+            raise
 
     async def receive(self):
         "Pass a message on and note whether the client has gone."
@@ -265,9 +290,17 @@ class _Exchange:
 
     async def answer(self, error):
         "Finish the answer, if the framework left that to the server: nothing runs before the client has its answer."
-        if self.open and self.accepted: await self.send({'type':'websocket.close', 'code':1011 if error else 1000})
-        elif error and self.status is None and self.scope['type']=='http':
-            await _server_error(error, self.scope, self.receive, self.send)
+        try:
+            if self.open: await self._hang_up(error)
+            elif error is not None and self.status is None and self.scope['type']=='http':
+                await _server_error(error, self.scope, self.receive, self.send)
+        except OSError: pass # the client has gone: nobody waits for the answer
+
+    async def _hang_up(self, error):
+        "Close the WebSocket; one that was never accepted gets the 500 that a server answers then, if it knows how."
+        if self.accepted or 'websocket.http.response' not in (self.scope.get('extensions') or {}):
+            await self.send({'type':'websocket.close', 'code':1000 if error is None else 1011})
+        else: await PlainTextResponse('Internal Server Error', 500)(self.scope, self.receive, self.send)
 
 # %% ../nbs/api/30_background.ipynb #456a4cd0
 async def _server_error(error, scope, receive, send):
@@ -289,8 +322,8 @@ class BackgroundMiddleware:
     def __init__(self,
         app:ASGIApp,           # The app, or the next middleware
         *,
-        on_error:str='stop',   # As in `BackgroundTasks`
-        concurrent:bool=False  # As in `BackgroundTasks`
+        on_error:str='stop',   # As in BackgroundTasks, for the tasks of each request
+        concurrent:bool=False  # As in BackgroundTasks
     ):
         self.app,self._group = app,partial(BackgroundTasks, on_error=on_error, concurrent=concurrent)
         self._group() # a wrong option is found here, not at the first request
@@ -305,18 +338,23 @@ class BackgroundMiddleware:
             except Exception as e: error = e
             try: await self._after(exchange, error)
             finally:
-                if error: raise error
+                if error is not None: raise error
         finally:
             exchange.over = True
             _exchange.reset(token)
 
     async def _after(self, exchange, error):
+        failures = []
         while tasks := exchange.take(error): # a task may leave another one behind
             await exchange.answer(error)
-            await self._group(tasks)()
+            try: await (group := self._group(tasks))()
+            except Exception as e:
+                failures.append(e)
+                if group.on_error=='stop': break
+        if failures: raise failures[0] if len(failures)==1 else ExceptionGroup('background tasks failed', failures)
 
 # %% ../nbs/api/30_background.ipynb #3f1fec95
-_missing = object()
+_missing = _Default('the function below')
 
 def background(
     func:Callable=_missing, # The function, `async` or not, passed without calling it
@@ -326,7 +364,9 @@ def background(
     **kwargs:Any        # Its keyword arguments
 ) -> BackgroundTask: # The task, so that `using` can follow
     "Call `func(*args, **kwargs)` after the response of the current request; as `@background`, the function below."
-    if func is _missing: return partial(background, always=always)
+    if func is _missing:
+        if kwargs: raise BadTask(f'background({next(iter(kwargs))}=…) has no function: it comes first, unnamed.')
+        return partial(background, always=always)
     exchange = _exchange.get()
     if exchange is None: raise NoMiddleware()
     if exchange.over: raise NoMiddleware('background() was called after its request had ended, so nothing would run '

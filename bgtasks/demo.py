@@ -97,7 +97,7 @@ def count_rows(
     "Count the rows of a CSV file, blank lines left out."
     text = body.decode('utf-8-sig', 'surrogateescape')
     sep = max(',;\t', key=text.strip().partition('\n')[0].count)
-    head,*rows = [o for o in csv.reader(io.StringIO(text, newline=''), delimiter=sep) if o]
+    head,*rows = [o for o in csv.reader(io.StringIO(text, newline=''), delimiter=sep) if o] or [[]]
     faulty = [o for o in rows if len(o)!=len(head) or re.search('[\udc80-\udcff]', ''.join(o))]
     return len(rows),len(faulty)
 
@@ -174,9 +174,11 @@ def _watch(app, slow, kept, port):
 # %% ../nbs/api/59_demo.ipynb #3fa3bd59
 def _report(steps):
     "Print a table of the steps, and give whether each was good."
-    table = Table('', 'What', 'Measured')
-    for o in steps: table.add_row('[green]✓[/]' if o.good else '[red]✗[/]', o.what, Text(o.figure))
-    Console().print(table)
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace') # better a ? than no report
+    table,console = Table('', 'What', 'Measured'),Console()
+    yes,no = '✓✗' if console.encoding.startswith('utf') else '+-'
+    for o in steps: table.add_row(f'[green]{yes}[/]' if o.good else f'[red]{no}[/]', o.what, Text(o.figure))
+    console.print(table)
     return all(o.good for o in steps)
 
 def _write(path):
@@ -188,7 +190,9 @@ def _write(path):
 
 def _readable(path):
     "Give up with one line if `path` is no file with rows in it."
-    try: rows,_ = count_rows(path.read_bytes())
+    try:
+        path.name.encode() # it is sent along
+        rows,_ = count_rows(path.read_bytes())
     except (OSError, ValueError, csv.Error) as e: raise click.ClickException(f"{path} can't be checked: {e}") from None
     if not rows: raise click.ClickException(f"{path} can't be checked: it has no rows below a header")
 

@@ -285,7 +285,7 @@ def one_upload(req, id:int):
 # %% ../nbs/api/58_demo_app.ipynb #55d95301
 def _found(table, id, **kw):
     "Give the row `id`, or answer 404."
-    if rows := table('id=?', (id,), **kw): return rows[0]
+    if abs(id) < 2**63 and (rows := table('id=?', (id,), **kw)): return rows[0] # SQLite has no larger numbers
     raise HTTPException(404, f'There is no {id} here.')
 
 # %% ../nbs/api/58_demo_app.ipynb #3eebea71

@@ -6,8 +6,7 @@
 __all__ = ['InjectedTasks', 'injected_tasks']
 
 # %% ../nbs/api/51_fastapi.ipynb #21008663
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import BackgroundTasks as FastAPITasks, Depends
 

@@ -39,7 +39,7 @@ class Backoff:
         except OverflowError: wait = self.max
         return min(self.max, min(self.max, wait) * (1 + self.jitter*(2*dice()-1)))
 
-# %% ../nbs/api/10_retry.ipynb #b5688f60
+# %% ../nbs/api/10_retry.ipynb #f5bb2e6f
 _here = str(Path(__file__).parent) if '__file__' in globals() else None
 
 def _cut(s, limit):
@@ -55,21 +55,21 @@ def _traceback(e):
     try: return _cut(''.join(traceback.format_exception(type(e), e, tb or e.__traceback__)), 16_000)
     except Exception as x: return f'(its traceback could not be made: {type(x).__name__})'
 
-# %% ../nbs/api/10_retry.ipynb #5ce1e353
+# %% ../nbs/api/10_retry.ipynb #d055458c
 def failure(
     error:BaseException # What a task raised
 ) -> Failure: # Its type, message and traceback, none of them long
     "Put `error` into words that can be stored."
     return Failure(type(error).__qualname__, _message(error), _traceback(error))
 
-# %% ../nbs/api/10_retry.ipynb #731aa184
+# %% ../nbs/api/10_retry.ipynb #efd825a2
 def _asks_again(e, retry_on, dont_retry) -> bool:
     "Should a job that failed with `e` run again, if it may?"
     if isinstance(e, Retry): return True
     if isinstance(e, (Unusable, *dont_retry)): return False
     return isinstance(e, tuple(retry_on)) or not isinstance(e, Exception) # the others: SystemExit and its like
 
-# %% ../nbs/api/10_retry.ipynb #d25d5a9e
+# %% ../nbs/api/10_retry.ipynb #8c3e3bd3
 def settle(
     job:Job,                                  # As it was claimed
     outcome:Outcome,                          # What the attempt gave

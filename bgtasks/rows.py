@@ -17,10 +17,11 @@ def delimiter_of(
     first = body.lstrip().partition(b'\n')[0].decode('utf-8', 'replace')
     return max(',;\t', key=first.count)
 
+# %% ../nbs/api/14_rows.ipynb #b52f90e1
 def read_rows(
     body:bytes # A CSV file
 ) -> Iterator[tuple[int, list[str], str|None]]: # Line, cells, and what is wrong with them if anything
-    "Read the rows below the header; blank lines are none."
+    "Read the rows below the header, blank lines left out."
     text = io.StringIO(body.decode('utf-8-sig', 'surrogateescape'), newline='')
     reader = csv.reader(text, delimiter=delimiter_of(body))
     head = None

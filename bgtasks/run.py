@@ -138,7 +138,7 @@ def pack(
     func:Callable,                   # The function to run in another process
     args:Iterable=(),                # Its positional arguments
     kwargs:Mapping[str, Any]|None=None # Its keyword arguments
-) -> bytes: # What `run` sends to the process
+) -> bytes: # What is sent to the process
     "Pickle a call, or raise `NotPicklable` naming the part that can't travel."
     try: return pickle.dumps((func, tuple(args), dict(kwargs or {})))
     except Exception as e:

@@ -10,8 +10,9 @@ BGTASKS = [sys.executable, '-c', 'from bgtasks.cli import main; main()']
 HERE = 'http://127.0.0.1'
 HTMX = {'HX-Request': 'true'}
 
-def bgtasks(*args, cwd):
-    return subprocess.run([*BGTASKS, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120)
+def bgtasks(*args, cwd, **env):
+    return subprocess.run([*BGTASKS, *map(str, args)], cwd=cwd, env=os.environ|env, capture_output=True, text=True,
+                          timeout=120)
 
 def soon(ready, seconds=20):
     "Wait until `ready()` is true, and give what it gave"
@@ -80,6 +81,12 @@ def test_check_counts_faulty_rows(tmp_path):
     assert res.returncode==0, res.stdout+res.stderr
     assert re.search('rows are processed .* 4 of 4', res.stdout) and re.search('Faulty rows .* 2 of 2', res.stdout)
 
+def test_check_where_the_output_has_few_letters(tmp_path):
+    (tmp_path/'a.csv').write_bytes(b'a,b\n1,2\n')
+    res = bgtasks('demo', '--check', 'a.csv', '--seconds', .2, cwd=tmp_path, PYTHONIOENCODING='ascii')
+    assert res.returncode==0, res.stdout+res.stderr
+    assert res.stdout.count('| + |')==7
+
 def test_check_fails_when_the_service_is_down(signs):
     res = bgtasks('demo', '--check', signs, '--service', f'{HERE}:{closed_port()}', '--pace', 0, cwd=signs.parent)
     assert res.returncode==1
@@ -88,10 +95,11 @@ def test_check_fails_when_the_service_is_down(signs):
 
 def test_check_of_no_file(tmp_path):
     (tmp_path/'void.csv').write_bytes(b'')
-    for name in ('none.csv', 'void.csv'):
+    (tmp_path/os.fsdecode(b'odd\xff.csv')).write_bytes(b'a,b\n1,2\n') # a name that can't be sent
+    for name in ('none.csv', 'void.csv', 'odd\udcff.csv'):
         res = bgtasks('demo', '--check', name, cwd=tmp_path)
         assert (res.returncode, res.stdout)==(1, '')
-        assert res.stderr.startswith(f"Error: {name} can't be checked") and res.stderr.count('\n')==1
+        assert re.match(rf"Error: {name[:3]}.*csv can't be checked", res.stderr) and res.stderr.count('\n')==1
 
 @pytest.mark.parametrize('missing', ['click', 'rich', 'httpx2'])
 def test_a_missing_extra_is_named(missing, tmp_path):

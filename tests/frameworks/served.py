@@ -61,6 +61,14 @@ async def ws(ws):
     await ws.send_text('hi')
     if await ws.receive_text()=='close': await ws.close(4001)
 
+async def ws_unaware(ws):
+    "Notice nothing of the client, who has gone meanwhile."
+    await ws.accept()
+    background(mark, 'task.done')
+    await wait_async('handler')
+    if ws.path_params['how']=='sends': await ws.send_text('hi')
+
 app = Starlette(routes=[Route('/own/{kind}', own), Route('/left/{kind}', left), Route('/ping', ping),
-                        Route('/broken', broken), Route('/stream', stream), WebSocketRoute('/ws', ws)])
+                        Route('/broken', broken), Route('/stream', stream), WebSocketRoute('/ws', ws),
+                        WebSocketRoute('/ws/{how}', ws_unaware)])
 app.add_middleware(BackgroundMiddleware)

@@ -98,6 +98,12 @@ def test_a_websocket_that_the_client_leaves(server):
     server.go()
     assert server.text('task.done')
 
+@pytest.mark.parametrize('how', ['returns', 'sends'])
+def test_a_websocket_that_the_client_has_left_unnoticed(server, how):
+    with connect(f'ws://127.0.0.1:{server.port}/ws/{how}'): server.text('handler.begun')
+    server.go() # by now the client has closed
+    assert server.text('task.done')
+
 def test_the_500_reaches_the_client_before_its_task_ends(server):
     assert server.get('/broken')[0] == 500
     server.text('task.begun')
