@@ -78,7 +78,8 @@ class _Watched(StarletteTask):
 # %% ../nbs/api/30_background.ipynb #4afc0185
 class BackgroundTask(StarletteTask):
     "Call `func(*args, **kwargs)` after the response has been sent."
-    options:Options = _plain # How it is to run, as `using` has set it
+    options:Options = _plain # How it is to run, as `using` has set it, to look at
+    _options:Options = _plain # The same, out of the way of subclasses with options of their own
 
     def __init__(self,
         func:Callable,  # The function, `async` or not, passed without calling it
@@ -105,26 +106,25 @@ class BackgroundTask(StarletteTask):
     ) -> 'BackgroundTask': # The task itself
         "Set how the task is to run; what isn't named stays as it is."
         given = dict(runner=runner, timeout=timeout, retries=retries, backoff=backoff)
-        options = replace(self.options, **{k:v for k,v in given.items() if v is not _keep})
+        options = replace(self._options, **{k:v for k,v in given.items() if v is not _keep})
         if options.runner=='process': pack(self.func, self.args, self.kwargs)
-        self.options = options
+        self._options = self.options = options
         return self
 
-    @property
-    def job(self) -> Job:
+    def _as_job(self) -> Job:
         "What `current_job()` gives inside the task."
         if '_job' not in self.__dict__:
             self._job = Job(task=task_name(self.func), args=self.args, kwargs=self.kwargs, state=State.running,
-                            attempt=1, retries=self.options.retries)
+                            attempt=1, retries=self._options.retries)
         return self._job
 
     def __repr__(self): return f'{type(self).__name__}({task_name(self.func)})'
 
     async def _attempts(self, args, kwargs):
         "Run until an attempt succeeds, the task cancels itself, or no retry is left."
-        o,runner = self.options, self.options.runner or (None if self.is_async else 'thread')
+        o,runner = self._options, self._options.runner or (None if self.is_async else 'thread')
         for attempt in count(1):
-            job = partial(structs.replace, self.job, attempt=attempt) if attempt > 1 else lambda: self.job
+            job = partial(structs.replace, self._as_job(), attempt=attempt) if attempt > 1 else self._as_job
             out = await run(self.func, args, kwargs, runner=runner, timeout=o.timeout, job=job, result=False)
             if out.error is None or isinstance(out.error, Cancel) or attempt > o.retries: return out.unwrap()
             wait = out.error.after if isinstance(out.error, Retry) else None
@@ -135,9 +135,9 @@ class BackgroundTask(StarletteTask):
 
     async def __call__(self) -> None:
         "Run the task; log a failure with its traceback, and raise it as Starlette does."
-        token = _run.set(self)
+        token = _run.set((self,))
         try:
-            if self.options is not _plain or StarletteTask.__call__ is not _bare:
+            if self._options is not _plain or StarletteTask.__call__ is not _bare:
                 await StarletteTask.__call__(_Watched(self))
             elif self.is_async: await self.func(*self.args, **self.kwargs)
             else: await _in_thread(self.func, self.args, self.kwargs, None, False)

@@ -43,7 +43,8 @@ _run = ContextVar('bgtasks.run', default=None)
 # %% ../nbs/api/20_run.ipynb #ae81e9bd
 def current_job() -> Job|None: # `None` outside a task
     "Give the job that this code runs for."
-    return getattr(_run.get(), 'job', None)
+    this = _run.get()
+    return this[0]._as_job() if type(this) is tuple else getattr(this, 'job', None)
 
 # %% ../nbs/api/20_run.ipynb #40566f9d
 _runners = {} # filled below: `None` for the event loop, 'thread', 'process'
