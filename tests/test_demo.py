@@ -1,5 +1,5 @@
 "`bgtasks demo`: the whole story over HTTP, how it ends, and the page in a real browser."
-import os, re, shutil, signal, socket, subprocess, sys, time
+import os, re, shutil, signal, socket, sqlite3, subprocess, sys, time
 from pathlib import Path
 
 import httpx2, pytest
@@ -67,12 +67,14 @@ def test_check_tells_what_it_measured(signs):
     res = bgtasks('demo', '--check', signs, '--seconds', 1, '--pace', 0, cwd=signs.parent)
     rows = len(signs.read_text().splitlines())-1
     assert res.returncode==0, res.stdout+res.stderr
-    assert res.stdout.count('✓')==7 and '✗' not in res.stdout
+    assert res.stdout.count('✓')==8 and '✗' not in res.stdout
     assert re.search(r'button is answered .* 202 in \d+ ms', res.stdout)
     apart = float(re.search(r'they are ([\d.]+) s apart', res.stdout)[1])
     took = float(re.search(r'after ([\d.]+) s', res.stdout)[1])
     assert 1 <= apart <= took
     assert rows > 300 and re.search(rf'rows are processed .* {rows} of {rows} in [\d.]+ s', res.stdout)
+    assert re.search(rf'kill in mid-upload .* killed at \d+ of {rows} rows', ' '.join(res.stdout.split()))
+    assert f'{rows} done, {rows} of {rows} stored' in ' '.join(res.stdout.replace('│', ' ').split())
     assert 'Traceback' not in res.stderr
 
 def test_check_counts_faulty_rows(tmp_path):
@@ -85,7 +87,7 @@ def test_check_where_the_output_has_few_letters(tmp_path):
     (tmp_path/'a.csv').write_bytes(b'a,b\n1,2\n')
     res = bgtasks('demo', '--check', 'a.csv', '--seconds', .2, cwd=tmp_path, PYTHONIOENCODING='ascii')
     assert res.returncode==0, res.stdout+res.stderr
-    assert res.stdout.count('| + |')==7
+    assert res.stdout.count('| + |')==8
 
 def test_check_fails_when_the_service_is_down(signs):
     res = bgtasks('demo', '--check', signs, '--service', f'{HERE}:{closed_port()}', '--pace', 0, cwd=signs.parent)
@@ -131,15 +133,57 @@ def test_a_taken_port_is_no_obstacle(tmp_path):
             assert f':{ports[0]} ' not in demo.said and f':{ports[1]} ' not in demo.said
             assert httpx2.get(demo.url).status_code==200
 
-def test_the_data_stays_and_what_was_cut_off_is_said(tmp_path):
-    data = tmp_path/'kept.db'
-    with Demo(tmp_path, '--port', 0, '--service-port', 0, '--data', data, '--seconds', 60) as demo:
-        assert data.stat().st_mode & 0o777 == 0o600
-        httpx2.post(f'{demo.url}/calls', headers=HTMX)
-        demo.end(signal.SIGKILL)
-    with Demo(tmp_path, '--port', 0, '--service-port', 0, '--data', data) as demo:
-        card = BeautifulSoup(httpx2.get(f'{demo.url}/calls/1').text, 'html.parser').select_one('.card')
-    assert card['data-state']=='failed' and 'stopped before this was done' in card.text
+def card(demo, path):
+    return BeautifulSoup(httpx2.get(demo.url+path, headers=HTMX).text, 'html.parser').select_one('.card')
+
+def sent(demo, kind, **kw):
+    "Post something, and give the address of its card"
+    res = httpx2.post(f'{demo.url}/{kind}', headers=HTMX, **kw)
+    assert res.status_code==202
+    return BeautifulSoup(res.text, 'html.parser').select_one('.card')['hx-get']
+
+def stored(data):
+    with sqlite3.connect(f'file:{data}?mode=ro', uri=True) as db: return db.execute('select line from rows').fetchall()
+
+def test_kill_9_loses_nothing(tmp_path, signs):
+    data,quick,slow = tmp_path/'kept.db',['--seconds', .1, '--pace', .001],['--seconds', 3600, '--pace', .05]
+    args = '--port', 0, '--service-port', 0, '--data', data
+    with Demo(tmp_path, *args, *slow) as demo:
+        call,file = sent(demo, 'calls'),sent(demo, 'uploads', files=dict(file=('signs.csv', signs.read_bytes())))
+        for kills in range(5): # more often than a worker bears by default
+            before = len(stored(data))
+            assert soon(lambda: len(stored(data)) > before+1)
+            now = card(demo, file)
+            assert (now['data-state'], card(demo, call)['data-state'])==('running', 'running')
+            for pid in (*demo.children, demo.proc.pid): os.kill(pid, signal.SIGKILL)
+            demo.proc.communicate()
+            assert 0 < len(stored(data)) < 368
+            if kills < 4: demo = Demo(tmp_path, *args, *slow)
+            assert soon(lambda: kills==4 or card(demo, file)['data-state']=='running')
+        assert all(o.stat().st_mode & 0o777 == 0o600 for o in tmp_path.glob('kept*.db'))
+    with Demo(tmp_path, *args, *quick) as demo: # the service is at another port now, and in a better mood
+        assert soon(lambda: [card(demo, o)['data-state'] for o in (call, file)]==['succeeded']*2, 40)
+        assert len(card(demo, call).select('time'))==2 and '368 of 368 rows' in card(demo, file).text
+        assert 'after a crash' in card(demo, file).text
+        demo.end(signal.SIGTERM)
+    assert len(stored(data))==len(set(stored(data)))==368
+
+def test_a_stop_in_mid_upload_is_no_crash(tmp_path, signs):
+    args = '--port', 0, '--service-port', 0, '--data', (data := tmp_path/'kept.db')
+    with Demo(tmp_path, *args, '--pace', .05) as demo:
+        file = sent(demo, 'uploads', files=dict(file=('signs.csv', signs.read_bytes())))
+        assert soon(lambda: len(stored(data)) > 3)
+        assert demo.end(signal.SIGTERM)==(0, 'Stopped.\n', '')
+    with Demo(tmp_path, *args, '--pace', 0) as demo:
+        assert soon(lambda: card(demo, file)['data-state']=='succeeded')
+        assert 'crash' not in card(demo, file).text
+    assert len(stored(data))==368
+
+def test_data_that_is_no_database_is_told(tmp_path):
+    (tmp_path/'kept.tasks.db').write_text('a diary, and no database, and long enough to be taken for one'*20)
+    res = bgtasks('demo', '--data', 'kept.db', '--port', 0, '--service-port', 0, cwd=tmp_path)
+    assert (res.returncode, res.stdout)==(1, '') and 'not an SQLite database' in res.stderr
+    assert 'Traceback' not in res.stderr
 
 # The page in a browser
 
@@ -188,27 +232,28 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
         # two presses are answered while the service thinks about the first one, and the file is on its way beside them
         for n in (1, 2):
             find('form[action="/calls"] button')[0].click()
-            assert soon(lambda: len(find('#calls .card.running'))==n)
+            assert soon(lambda: len(find('#call_service .card.running'))==n)
         upload(signs)
-        assert soon(lambda: find('#uploads .card.running progress[value]:not([value="0"])'))
-        assert 'answered in' in text('form[action="/calls"] output') and len(find('#calls .card.running'))==2
+        assert soon(lambda: find('#process_upload .card.running progress[value]:not([value="0"])'))
+        assert 'answered in' in text('form[action="/calls"] output') and len(find('#call_service .card.running'))==2
         shoot(browser, 'working')
         # both ends are reached without another press, and then nothing is asked any more
-        assert soon(lambda: len(find('#calls .card.done'))==2 and find('#uploads .card.done'), 40)
-        assert all(len(o.find_elements('css selector', 'time'))==2 for o in find('#calls .card'))
-        assert '368 of 368 rows' in text('#uploads') and not find('[hx-trigger]')
+        assert soon(lambda: len(find('#call_service .succeeded'))==2 and find('#process_upload .succeeded'), 40)
+        assert all(len(o.find_elements('css selector', 'time'))==2 for o in find('#call_service .card'))
+        assert '368 of 368 rows' in text('#process_upload') and not find('[hx-trigger]')
         # what is refused says why, where it is read out; what is faulty is counted; a name stays a name
         upload(void)
         assert soon(lambda: text('#refused')=='void.csv is empty.')
         browser.refresh()
         upload(messy)
-        assert soon(lambda: '10 of 10 rows 2 faulty' in ' '.join(text('#uploads').split()))
+        assert soon(lambda: '10 of 10 rows 2 faulty' in ' '.join(text('#process_upload').split()))
         find('details summary')[0].click()
         assert '2 of 5 columns' in text('details li') and not find('.card b') and not find('#refused:not(:empty)')
         # a service that is down is a failed request on the page
         os.kill(int(re.search(r'kill (\d+)', demo.said)[1]), signal.SIGKILL)
         find('form[action="/calls"] button')[0].click()
-        assert soon(lambda: 'Failed, attempt 3 of 3' in text('#calls')) and 'ConnectionError' in text('#calls')
+        assert soon(lambda: 'Failed, attempt 3 of 3' in text('#call_service'))
+        assert 'ConnectionError' in text('#call_service')
         shoot(browser, 'done')
         # all it loaded came from the demo itself
         loaded = browser.execute_script("return performance.getEntriesByType('resource').map(o => o.name)")
