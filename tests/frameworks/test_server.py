@@ -161,3 +161,12 @@ def test_ctrl_c_ends_all_without_a_traceback(server, kind):
     assert server.ended() in (0, 130, -signal.SIGINT)
     until(lambda: not any(map(alive, pool)), 'the end of the pool')
     assert 'Traceback' not in server.log, server.log
+
+def test_ctrl_c_while_a_process_starts(server):
+    server.get('/own/process')
+    server.go()
+    until(lambda: len(children(server.pid)) > 1, 'the start of a process, beside the tracker of resources')
+    os.killpg(server.pid, signal.SIGINT) # it imports the app now
+    assert server.text('task.done')
+    assert server.ended() in (0, 130, -signal.SIGINT)
+    assert 'Traceback' not in server.log, server.log
