@@ -6,10 +6,10 @@
 __all__ = ['current_job', 'run', 'cancelled', 'pack', 'close_pool', 'set_limits']
 
 # %% ../nbs/api/20_run.ipynb #c1fdd6b2
-import multiprocessing.connection, os, pickle, signal, threading, traceback
+import multiprocessing.connection, os, pickle, signal, sys, threading, traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
@@ -87,6 +87,7 @@ _runners[None] = _on_loop
 _limits = dict(threads=40, processes=min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
                                          else os.cpu_count() or 1, 8))
 _threads,_uncounted = RunVar('bgtasks.threads'),RunVar('bgtasks.uncounted')
+_processes = RunVar('bgtasks.processes')
 
 def _loop_limiter(var, total) -> CapacityLimiter:
     "Give this event loop's limiter of the kind `var`, made with `total` on first use."
@@ -187,7 +188,10 @@ def _there(*call, away=None) -> bytes:
     with away.open() as report: return _answer(*call, report)
 
 # %% ../nbs/api/20_run.ipynb #b4c73276
-_pool,_pool_lock,_calls = None,threading.Lock(),set() # the calls that wait for an answer, as pebble's futures
+_idle,_pools,_pool_lock = [],set(),threading.Lock() # pools that nobody uses; all pools
+_calls = set() # the calls that wait for an answer, as pebble's futures
+
+_exit_0 = 251 # stands for 0
 
 def _orphan_guard():
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -197,6 +201,8 @@ def _begin_child():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.name=='posix': signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT]) # pebble lets it be ignored by now
     threading.Thread(target=_orphan_guard, daemon=True).start()
+    end = os._exit # pebble takes 0 for an end in order, and would never tell
+    os._exit = sys.modules[end.__module__]._exit = lambda code: end(code or _exit_0)
 
 def _start(pool):
     "Start `pool` with Ctrl-C held back: its processes inherit that, and show no traceback while they still import."
@@ -207,43 +213,52 @@ def _start(pool):
     try: pool.active # asking starts it
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-def _stop(pool):
-    pool.stop()
-    pool.join()
-
 def _by_import(func):
     "Give `func` as the installed module has it: what a process is to run must be found there by import."
     return getattr(import_module('bgtasks.run'), func.__name__)
 
-def _get_pool():
-    "Give the pool, started on first use and started again after it broke."
-    global _pool
+def _new_pool():
+    from pebble import ProcessPool # takes 30 ms to import: only who needs it pays
+    pool = ProcessPool(1, initializer=_by_import(_begin_child), context=multiprocessing.get_context('spawn'))
+    _start(pool)
+    return pool
+
+def _take_pool() -> tuple:
+    "Give a pool that nobody uses, and whether it is a new one."
     with _pool_lock:
-        if _pool is None or not _pool.active:
-            from pebble import ProcessPool # takes 30 ms to import: only who needs it pays
-            if _pool is None: # not `atexit`: a server's workers skip it
-                Finalize(None, _by_import(close_pool), exitpriority=100)
-            else: _stop(_pool)
-            _pool = ProcessPool(_limits['processes'], initializer=_by_import(_begin_child),
-                                context=multiprocessing.get_context('spawn'))
-            _start(_pool)
-        return _pool
+        if not _pools: Finalize(None, _by_import(close_pool), exitpriority=100) # not `atexit`: a server's workers skip it
+        while _idle:
+            if (pool := _idle.pop()).active: return pool,False
+            _drop(pool)
+        _pools.add(pool := _new_pool())
+        return pool,True
 
-def _forget_pool():
-    "A forked child has its parent's pool object, but none of its threads: let it start its own."
-    global _pool,_pool_lock,_calls
-    _pool,_pool_lock,_calls = None,threading.Lock(),set()
+def _drop(pool) -> threading.Thread: # Ends when the process has
+    "Stop `pool` and its process without waiting: what is stuck in it may be stuck for ever."
+    _pools.discard(pool)
+    def end():
+        with suppress(Exception):
+            pool.stop()
+            pool.join()
+    (thread := threading.Thread(target=end, daemon=True)).start()
+    return thread
 
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_pool)
+def _forget_pools():
+    "A forked child has its parent's pools, but none of their threads: let it start its own."
+    global _idle,_pools,_pool_lock,_calls
+    _idle,_pools,_pool_lock,_calls = [],set(),threading.Lock(),set()
+    multiprocessing.process._children.clear() # else its end would end its parent's processes
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_pools)
 
 # %% ../nbs/api/20_run.ipynb #7520bb1c
 def close_pool():
-    "Stop the processes of the pool, killing what still runs there; the next call that needs one starts them again."
-    global _pool
+    "Stop the processes, killing what still runs there; the next call that needs one starts it again."
     with _pool_lock:
-        pool,_pool = _pool,None
         for call in list(_calls): call.cancel()
-    if pool is not None: _stop(pool)
+        ends = [_drop(pool) for pool in list(_pools)]
+        _idle.clear()
+    for thread in ends: thread.join(5)
 
 # %% ../nbs/api/20_run.ipynb #33dff246
 async def _finished(future):
@@ -266,6 +281,7 @@ def _died(what, code) -> ProcessDied:
     "Say how the process of `what` ended."
     hints = {signal.SIGKILL: ' (often the kernel, when memory runs out)', signal.SIGSEGV: ' (a fault in C code)'} \
         if os.name=='posix' else {}
+    if code==_exit_0: code = 0
     if code >= 0: how = f'with exit code {code}'
     elif -code in set(signal.Signals): how = f'by signal {signal.Signals(-code).name}' + hints.get(-code, '')
     else: how = f'by signal {-code}'
@@ -285,20 +301,29 @@ def _read(func, outcome):
         why = f"{task_name(func)} ran, but what it gave can't be unpickled here: {type(e).__name__}: {e}"
     return Outcome(error=NotPicklable(why))
 
-async def _in_process(func, args, kwargs, timeout, result):
+async def _ask(func, call) -> bytes: # A pickled outcome
+    "Let a process do `call`; one that doesn't answer is done away with."
     from pebble import ProcessExpired
-    this = _run.get()
-    job,away = replace(this.job, args=(), kwargs={}),dict(away=this.report.away()) if this.report else {}
-    call = pack(func, args, kwargs), job, _backend(), result
-    for _ in range(2):
-        await _finished(future := _get_pool().schedule(_by_import(_there), call, away, timeout=timeout))
-        try: return _read(func, future.result()).unwrap()
-        except BrokenProcessPool: continue
-        except FutureTimeout: raise _too_slow(func, timeout, 'its process was killed') from None
+    while True:
+        (pool,new),answered = _take_pool(),False
+        try:
+            await _finished(future := pool.schedule(*call))
+            answer,answered = future.result(),True
+            return answer
+        except FutureTimeout: raise _too_slow(func, call[-1], 'its process was killed') from None
         except ProcessExpired as e: raise _died(task_name(func), e.exitcode) from None
         except CancelledError:
             raise ProcessDied(f'{task_name(func)} was stopped in its process by `close_pool()`') from None
-    raise _no_start(func)
+        except RuntimeError: # the process ended before it had begun
+            if new: raise _no_start(func) from None
+        finally: _idle.append(pool) if answered and pool in _pools else _drop(pool)
+
+async def _in_process(func, args, kwargs, timeout, result):
+    this = _run.get()
+    job,away = replace(this.job, args=(), kwargs={}),dict(away=this.report.away()) if this.report else {}
+    call = pack(func, args, kwargs), job, _backend(), result
+    async with _loop_limiter(_processes, _limits['processes']): # waiting for a free process is not running
+        return _read(func, await _ask(func, (_by_import(_there), call, away, timeout))).unwrap()
 
 _runners['process'] = _in_process
 

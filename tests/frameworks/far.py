@@ -31,10 +31,10 @@ def after(seconds, value):
 
 def risky(i):
     "Give `i`, or die one of many deaths."
-    if i%7==1: os.kill(os.getpid(), signal.SIGKILL)
-    if i%7==2: os._exit(i%200)
-    if i%7==3: raise ValueError(i)
-    if i%7==4: os.abort()
+    if i%20==1: os.kill(os.getpid(), signal.SIGKILL)
+    if i%20==2: os._exit(i%200)
+    if i%20==3: raise ValueError(i)
+    if i%20==4: os.abort()
     time.sleep(0.001*(i%5))
     return i
 

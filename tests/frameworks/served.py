@@ -31,7 +31,7 @@ def compute(name):
 
 tasks = {'sync':lambda: BackgroundTask(wait_sync, 'task'), 'async':lambda: BackgroundTask(wait_async, 'task'),
          'process':lambda: BackgroundTask(compute, 'task').using(runner='process'),
-         'quick':lambda: BackgroundTask(mark, 'task.done').using(runner='process')}
+         'quick':lambda: BackgroundTask(mark, 'quick.done').using(runner='process')}
 
 def own(request): return PlainTextResponse('answered', background=tasks[request.path_params['kind']]())
 

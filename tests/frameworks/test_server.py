@@ -136,11 +136,12 @@ def test_sigterm_waits_for_a_task_and_leaves_no_process(server, kind):
     assert server.text('task.done')
     assert server.ended() in (0, -signal.SIGTERM)
     until(lambda: not any(map(alive, pool)), 'the end of the pool')
+    assert 'Traceback' not in server.log and 'leaked' not in server.log, server.log
 
 @pytest.mark.parametrize('kind', ['process', 'quick']) # its processes busy, and idle
 def test_kill_9_leaves_no_process(server, kind):
     server.get(f'/own/{kind}')
-    server.text('task.begun' if kind=='process' else 'task.done')
+    server.text('task.begun' if kind=='process' else 'quick.done')
     pool = children(server.pid)
     assert pool and all(map(alive, pool))
     os.kill(server.pid, signal.SIGKILL)
@@ -151,7 +152,7 @@ def test_kill_9_leaves_no_process(server, kind):
 @pytest.mark.parametrize('kind', ['process', 'quick'])
 def test_ctrl_c_ends_all_without_a_traceback(server, kind):
     server.get(f'/own/{kind}')
-    server.text('task.begun' if kind=='process' else 'task.done')
+    server.text('task.begun' if kind=='process' else 'quick.done')
     pool = children(server.pid)
     os.killpg(server.pid, signal.SIGINT) # as a terminal does: to the server and all its children
     if kind=='process':
@@ -160,4 +161,13 @@ def test_ctrl_c_ends_all_without_a_traceback(server, kind):
         assert server.text('task.done') # the task had the time to end
     assert server.ended() in (0, 130, -signal.SIGINT)
     until(lambda: not any(map(alive, pool)), 'the end of the pool')
+    assert 'Traceback' not in server.log, server.log
+
+def test_ctrl_c_while_a_process_starts(server):
+    server.get('/own/process')
+    server.go()
+    until(lambda: len(children(server.pid)) > 1, 'the start of a process, beside the tracker of resources')
+    os.killpg(server.pid, signal.SIGINT) # it imports the app now
+    assert server.text('task.done')
+    assert server.ended() in (0, 130, -signal.SIGINT)
     assert 'Traceback' not in server.log, server.log
