@@ -226,7 +226,7 @@ def _new_pool():
 def _take_pool() -> tuple:
     "Give a pool that nobody uses, and whether it is a new one."
     with _pool_lock:
-        if not _pools: Finalize(None, _by_import(close_pool), exitpriority=100) # not `atexit`: a server's workers skip it
+        if not _pools: Finalize(None, _by_import(close_pool), exitpriority=100) # a server's workers skip `atexit`
         while _idle:
             if (pool := _idle.pop()).active: return pool,False
             _drop(pool)
@@ -261,7 +261,7 @@ def close_pool():
     for thread in ends: thread.join(5)
 
 # %% ../nbs/api/20_run.ipynb #33dff246
-async def _finished(future):
+async def _finished(future, pool):
     "Wait for pebble's `future`; if the wait is cancelled, so is the call."
     done,loop = anyio.Event(),current_token().native_token
     post = getattr(loop, 'call_soon_threadsafe', None) or loop.run_sync_soon
@@ -270,7 +270,10 @@ async def _finished(future):
         except RuntimeError: pass # the loop has ended, so nobody waits
     _calls.add(future)
     future.add_done_callback(wake)
-    try: await done.wait()
+    try:
+        while not done.is_set():
+            with anyio.move_on_after(.5): await done.wait()
+            if not (pool.active or future.done()): raise RuntimeError('the pool broke before it saw the call')
     except BaseException:
         future.cancel()
         raise
@@ -307,7 +310,7 @@ async def _ask(func, call) -> bytes: # A pickled outcome
     while True:
         (pool,new),answered = _take_pool(),False
         try:
-            await _finished(future := pool.schedule(*call))
+            await _finished(future := pool.schedule(*call), pool)
             answer,answered = future.result(),True
             return answer
         except FutureTimeout: raise _too_slow(func, call[-1], 'its process was killed') from None
