@@ -248,12 +248,12 @@ def renew(self:SQLiteStore, worker:str, jobs:Iterable[tuple[int, int]], lease:fl
 
 @patch
 def join(self:SQLiteStore, worker:str):
-    "Say that `worker` lives in this process."
+    "Say that this worker lives in this process."
     self.file.lock(worker)
 
 @patch
 def leave(self:SQLiteStore, worker:str):
-    "Say that `worker` has ended in order; what it still holds is queued again at once."
+    "Say that this worker has ended in order; what it still holds is queued again at once."
     rows = self.file.read('SELECT seq,attempt FROM jobs WHERE st=2 AND worker=?', (worker,))
     self.finish([Done(seq=s, attempt=a, state=State.queued, counts=False) for s,a in rows])
     self.file.unlock(worker)
