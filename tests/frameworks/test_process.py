@@ -381,7 +381,8 @@ if __name__=='__main__': anyio.run(main)
 
 def test_a_program_ends_after_a_thread_task_was_given_up(tmp_path):
     done = script(tmp_path, THREAD)
-    assert done.returncode==0 and sorted(done.stdout.split())==['noticed', 'timeout']
+    assert done.returncode==0 # two threads print: their lines may run into each other
+    assert sorted(done.stdout.replace('noticed', ' noticed ').split())==['noticed', 'timeout']
     assert 'Exception ignored' not in done.stderr
 
 IDLE = '''
