@@ -148,7 +148,7 @@ def test_other_faults_of_cells_are_found():
     assert not guards.lost_output(py('x', '1')) and not guards.lost_output(py('test_eq(a, b)'))
 
 @pytest.mark.parametrize('cell', [
-    py('1', 'saved in /tmp/xyz'), py('open("/home/me/x")'), md('See /work/main.'), py('f', '<f at 0x7f00aa11bb22>')])
+    py('1', 'saved in /tmp/xyz'), py('open("/home/me/x")'), md('See /Users/me/app.'), py('f', '<f at 0x7f00aa11bb22>')])
 def test_traces_of_one_machine_are_found(cell): assert list(guards.bad_outputs(cell))
 
 def test_an_error_left_as_output_is_found():
