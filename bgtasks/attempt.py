@@ -25,8 +25,6 @@ def _portable(task):
     for part in getattr(task.func, '__qualname__', '').split('.'): found = getattr(found, part, None)
     return task if found is task else task.func
 
-_misfit = "the recorded arguments don't fit {} as it is now: {}"
-
 async def _through(mw, call, job): return await mw(job, call)
 
 # %% ../nbs/api/35_attempt.ipynb #4ff4076f
@@ -39,7 +37,7 @@ async def attempt(
 ) -> Outcome: # Cancellation and what is no `Exception` pass through
     "Run `job` once."
     try: args,kwargs = task.codec.decode(job.args, job.kwargs)
-    except Exception as e: return Outcome(error=Unusable(_misfit.format(task.name, e)))
+    except Unusable as e: return Outcome(error=e)
     func,typed = _portable(task) if runner=='process' else task.func,partial(replace, job, args=args, kwargs=kwargs)
     timeout = task.timeout if job.timeout is None else job.timeout
     if not middleware: return await run(func, args, kwargs, runner=runner, timeout=timeout, job=typed, report=report)
@@ -53,13 +51,6 @@ async def attempt(
 
 # %% ../nbs/api/35_attempt.ipynb #388b4bf8
 _log = logging.getLogger('bgtasks')
-
-def _encoded(task, value) -> bytes|None:
-    if value is None: return None
-    try: return task.codec.encode_result(value)
-    except Exception as e:
-        raise Unusable(f'{task.name} ran, but its result ({type(value).__name__}) can\'t be recorded: {e}. Return '
-                       'something that JSON can hold, or nothing.') from None
 
 def _tell(job, done, now):
     if done.state is State.queued:
@@ -79,7 +70,8 @@ def verdict(
     "From the outcome to the verdict, by the rules of the task."
     try:
         if out.error is None:
-            return Done(seq=job.seq, attempt=job.attempt, state=State.succeeded, value=_encoded(task, out.value))
+            value = None if out.value is None else task.codec.encode_result(out.value)
+            return Done(seq=job.seq, attempt=job.attempt, state=State.succeeded, value=value)
         done = settle(job, out, backoff=task.backoff, retry_on=task.retry_on, dont_retry=task.dont_retry, now=now)
     except Exception as e: done = Done(seq=job.seq, attempt=job.attempt, state=State.dead, error=failure(e))
     _tell(job, done, now)

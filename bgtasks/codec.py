@@ -27,7 +27,7 @@ def _write_other(o):
     if hasattr(type(o), 'model_dump'): return o.model_dump(mode='json', by_alias=True, round_trip=True)
     for base in (str, int, float): # a subclass of one: the float of numpy, say
         if isinstance(o, base): return base(o)
-    raise TypeError(f"a {type(o).__name__} can't be written as JSON")
+    raise TypeError(f'JSON has nothing for a value of type {type(o).__name__}')
 
 def _read_other(t, o):
     "Make a `t` that msgspec doesn't know of the plain value `o`."
@@ -85,8 +85,8 @@ def _changed(v, back, path='') -> str|None:
         return next(filter(None, (_changed(x, y, path+p) for (p,x),(_,y) in zip(ours, theirs))), None)
     if isinstance(v, _simple) and not isinstance(back, (bytes, bytearray, memoryview)): # the annotation makes more of v
         if not isinstance(back, (set, frozenset)) or all(isinstance(x, _simple) or x in back for x in v): return
-    return f'is a {type(v).__name__}{_at(path)} and would come back as {type(back).__name__}: annotate it as what it ' \
-           'is, or pass something simpler'
+    return f'is of type {type(v).__name__}{_at(path)} and would come back as {type(back).__name__}: annotate it as ' \
+           'what it is, or pass something simpler'
 
 def _at(path): return path and f' at {path}'
 

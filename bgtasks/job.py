@@ -85,7 +85,7 @@ class Job(Struct, frozen=True, kw_only=True, gc=False):
     after:tuple[str, ...] = ()      # Ids of the jobs that had to succeed first
     keep:float = 604800.0           # Seconds that the record stays after the end
     result:Any = None               # What the function returned, once `succeeded`
-    error:Failure|None = None       # Of the last attempt that failed; why it was cancelled
+    error:Failure|None = None       # Why it ended without success, or why its last attempt failed; gone with success
     progress:Progress|None = None   # The last one reported
     worker:str|None = None          # Name of the worker that has it, or had it last
     seq:int = 0                     # Its place in the store, in the order of recording

@@ -13,7 +13,7 @@ from typing import Any
 from fastcore.basics import patch
 from msgspec.structs import replace
 
-from .schedule import due
+from .schedule import due, set_back
 
 _log = logging.getLogger('bgtasks')
 
@@ -38,15 +38,16 @@ class Periodic:
     def wait(self) -> float: # Seconds, 0 or more
         "Tell how long nothing is due."
         now = self.queue.clock()
-        return max(0, min([self._next(t)-now for t in self.scheduled()], default=self.look))
+        return max(0, min([self._next(t, now)-now for t in self.scheduled()], default=self.look))
 
-    def _next(self, task):
-        return task.schedule.next(self._last[task.name]) if task.name in self._last else 0.0
+    def _next(self, task, now):
+        last = self._last.get(task.name)
+        return 0.0 if last is None or set_back(task.schedule, last, now) else task.schedule.next(last)
 
     def beat(self) -> list[str]: # Names of the tasks that this beat has recorded a job of
         "Record what is due."
         now = self.queue.clock()
-        return [t.name for t in self.scheduled() if self._next(t) <= now and self._tick(t, now)]
+        return [t.name for t in self.scheduled() if self._next(t, now) <= now and self._tick(t, now)]
 
     def _tick(self, task, now):
         "Deal with one task that may be due; tell whether a job was recorded."
@@ -57,8 +58,8 @@ class Periodic:
             return False
         at,run = new
         call = self._call(task, at) if run else None
-        first = store.tick(task.name, at, call)
-        self._last[task.name] = at
+        first = store.tick(task.name, last, at, call)
+        self._last[task.name] = at if first else store.last_tick(task.name)
         return first and call is not None
 
     def _call(self, task, at):

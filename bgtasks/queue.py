@@ -31,7 +31,7 @@ _ends = {State.succeeded, State.dead, State.cancelled}
 def _id(job) -> str:
     "The id of `job`, which may be one."
     if isinstance(job, Job): return job.id
-    if isinstance(job, str) and job: return job
+    if isinstance(job, str): return job
     raise BadOption(f'{job!r} is no job: give a Job, or the id of one')
 
 def _known(job, id) -> Job:
@@ -188,7 +188,9 @@ def _value(self:TaskQueue, job):
         task = self.tasks.get(job.task)
         return task.codec.decode_result(job.result) if task else job.result
     if job.state is State.cancelled: kind,what = JobCancelled,f'was cancelled: {job.error and job.error.message}'
-    else: kind,what = JobFailed,f'failed after {job.tries} attempt{"s"*(job.tries!=1)}: {job.error}'
+    else:
+        tries = f'failed after {job.tries} attempt{"s"*(job.tries!=1)}' if job.tries else 'lost all its workers'
+        kind,what = JobFailed,f'{tries}: {job.error}'
     e = kind(f'{job.task} {what}')
     e.job = job
     if job.error and job.error.traceback: e.add_note(f'In the worker:\n{job.error.traceback}')

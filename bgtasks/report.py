@@ -121,6 +121,17 @@ class Reports:
         with self._lock: have = {*self._progress, *(o[:2] for o in self._lines)}
         return not have.isdisjoint(keys)
 
+    def put_back(self,
+        progress:list, # As `take` gave it
+        lines:list     # As `take` gave them
+    ):
+        "Keep what could not be passed on, to be taken again; a newer progress stands."
+        if not progress and not lines: return
+        with self._lock:
+            for seq,attempt,p in progress: self._progress.setdefault((seq, attempt), p)
+            self._lines[:0] = lines
+        self._wake()
+
     def take(self) -> tuple[list, list]: # Progress as (seq, attempt, progress), lines as (seq, attempt, level, text)
         "Give all that was reported since the last time."
         if not self._progress and not self._lines: return [],[]

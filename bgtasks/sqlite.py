@@ -17,10 +17,11 @@ from msgspec import json, structs
 
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id
-from .job import Call, Done, Event, Failure, Job, Progress, State
+from .job import Call, Done, Event, Job, Progress, State
+from .retry import after_crash
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, after_end, as_claimed_job, as_new_job,
     as_row, await_parents, cancel_jobs, corrupt, ends, forget, held, insert_sql, job_sql, json_in, json_list,
-    keep_progress, note, prolong, readable, states, take, up_to_date)
+    keep_progress, note, prolong, queue_again, readable, states, take, up_to_date)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -97,6 +98,8 @@ def _add(self:SQLiteStore, cx, calls):
 @patch
 def _add_keyed(self:SQLiteStore, cx, calls):
     "Record those calls whose key no unfinished job has; give the jobs of all."
+    if len(calls) > 1 and any(c.key is not None and c.after for c in calls): # cancelled at once, it leaves its key
+        return [job for c in calls for job in self._add(cx, [c])]
     keys = json_list({c.key for c in calls if c.key is not None})
     known = dict(cx.execute(f'SELECT key,id FROM jobs WHERE st<4 AND key {json_in}', (keys,)).fetchall())
     first = {c.key:c.id for c in reversed(calls) if c.key is not None} | known
@@ -247,6 +250,13 @@ def renew(self:SQLiteStore, worker:str, jobs:Iterable[tuple[int, int]], lease:fl
     return self._write(prolong, worker, jobs, self.ticks()+lease) if jobs else []
 
 @patch
+def gone(self:SQLiteStore, jobs:Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    "Those attempts that no longer run."
+    jobs = [tuple(p) for p in jobs]
+    with self.file.reader() as cx: running = held(cx, jobs)
+    return [p for p in jobs if p not in running]
+
+@patch
 def join(self:SQLiteStore, worker:str):
     "Say that this worker lives in this process."
     self.file.lock(worker)
@@ -259,23 +269,16 @@ def leave(self:SQLiteStore, worker:str):
     self.file.unlock(worker)
 
 # %% ../nbs/api/21_sqlite.ipynb #231d7ab0
-_running = 'SELECT worker,until,seq,id,attempt,crashes FROM jobs WHERE st=2'
+_running = 'SELECT worker,until,id,seq,attempt,crashes FROM jobs WHERE st=2'
 
 @patch
 def _sweep(self:SQLiteStore, cx, dead, max_crashes):
-    done,ids = [],[]
-    for worker,until,seq,id,attempt,crashes in cx.execute(_running).fetchall():
-        if worker not in dead and until > self.ticks(): continue
-        why = f'worker {worker} vanished during attempt {attempt}: ' + (
-            'its process ended' if worker in dead else 'it did not renew its lease')
-        over = crashes >= max_crashes
-        if over: why += f'; with that, the job has lost its worker {crashes+1} times'
-        ids.append(id)
-        cx.execute('UPDATE jobs SET crashes=crashes+1 WHERE seq=?', (seq,))
-        done.append(Done(seq=seq, attempt=attempt, state=State.dead if over else State.queued, counts=False,
-                         error=Failure('WorkerLost', why)))
+    rows = [r for r in cx.execute(_running).fetchall() if r[0] in dead or r[1] <= self.ticks()]
+    done = after_crash([(w, *o) for w,_,_,*o in rows], dead, max_crashes, self.clock())
+    sql = 'UPDATE jobs SET crashes=crashes+1, lost=lost+? WHERE seq=?' # for those queued again, `_finish` counts `lost`
+    cx.executemany(sql, [(d.state is State.dead, d.seq) for d in done])
     self._finish(cx, done)
-    return self._jobs(cx, ids)
+    return self._jobs(cx, [r[2] for r in rows])
 
 @patch
 def sweep(self:SQLiteStore, max_crashes:int=3) -> list[Job]:
@@ -291,7 +294,9 @@ def sweep(self:SQLiteStore, max_crashes:int=3) -> list[Job]:
 @patch
 def _cancel(self:SQLiteStore, cx, id, why):
     rows = cx.execute('SELECT seq,st FROM jobs WHERE id=?', (id,)).fetchall()
-    if rows and rows[0][1] < SUCCEEDED: cancel_jobs(cx, {rows[0][0]: why}, self.clock())
+    if rows and rows[0][1] < SUCCEEDED:
+        cancel_jobs(cx, {rows[0][0]: why}, self.clock())
+        cx.execute('DELETE FROM deps WHERE child=?', (rows[0][0],)) # for its own sake, so no parent brings it back
     return next(iter(self._jobs(cx, [id])), None)
 
 @patch
@@ -301,21 +306,17 @@ def cancel(self:SQLiteStore, id:str, why:str='') -> Job|None:
 
 @patch
 def _retry(self:SQLiteStore, cx, id):
-    rows = cx.execute('SELECT seq,st,key,attempt FROM jobs WHERE id=?', (id,)).fetchall()
+    rows = cx.execute('SELECT seq,st,key FROM jobs WHERE id=?', (id,)).fetchall()
     if rows and rows[0][1] in (DEAD, CANCELLED):
-        seq,_,key,attempt = rows[0]
+        seq,_,key = rows[0]
         if key is not None and cx.execute('SELECT 1 FROM jobs WHERE key=? AND st<4', (key,)).fetchall():
             raise StoreError(f'job {id} can\'t be queued again: another job with the key {key!r} is unfinished')
-        now = self.clock()
-        cx.execute('DELETE FROM deps WHERE child=?', (seq,))
-        cx.execute('UPDATE jobs SET st=1, run_at=?, finished_at=NULL, until=NULL, lost=attempt, crashes=0, waits=0, '
-                   'error=NULL WHERE seq=?', (now, seq))
-        note(cx, [(seq, 'queued', attempt, now, None)])
+        queue_again(cx, seq, self.clock())
     return next(iter(self._jobs(cx, [id])), None)
 
 @patch
 def retry(self:SQLiteStore, id:str) -> Job|None:
-    "Queue a job again, with all its tries, due now; one that it was to run after is no longer waited for."
+    "Queue a job again, due now, whatever it was to run after, and with it those that were cancelled because of it."
     return self._write(self._retry, id)
 
 def _set_pause(cx, sql, queue):
@@ -380,16 +381,16 @@ def purge(self:SQLiteStore, older_than:float, limit:int=1000) -> int:
 
 # %% ../nbs/api/21_sqlite.ipynb #c69163ec
 @patch
-def _tick(self:SQLiteStore, cx, name, at, call):
-    if cx.execute('SELECT 1 FROM ticks WHERE name=? AND at>=?', (name, at)).fetchall(): return False
+def _tick(self:SQLiteStore, cx, name, last, at, call):
+    if cx.execute('SELECT at FROM ticks WHERE name=?', (name,)).get != last: return False
     cx.execute('INSERT INTO ticks VALUES(?,?) ON CONFLICT DO UPDATE SET at=excluded.at', (name, at))
     if call is not None: self._add(cx, [call])
     return True
 
 @patch
-def tick(self:SQLiteStore, name:str, at:float, call:Call|None) -> bool:
+def tick(self:SQLiteStore, name:str, last:float|None, at:float, call:Call|None) -> bool:
     "Note a tick and record its job, once for all processes."
-    return self._write(self._tick, name, at, call)
+    return self._write(self._tick, name, last, at, call)
 
 @patch
 def last_tick(self:SQLiteStore, name:str) -> float|None:

@@ -19,7 +19,8 @@ class Store(Protocol):
         """Record `calls` in one commit, all or none; they are durable when this returns. For a call whose `key` an
         unfinished job has, that job is given instead. A call with `after` waits until all of those jobs have
         succeeded; if one of them is dead, cancelled or unknown, the new job is `cancelled` at once, its error
-        naming that job; so it is when that happens later."""
+        naming that job; so it is when that happens later. Calls with `key` and `after` are like calls of `add` one
+        after the other: one that is cancelled at once has no key."""
     def claim(self, worker:str, tasks:Collection[str], queues:Collection[str]|None=None, *,
               limit:int=1, lease:float=30.0) -> list[Job]:
         """Take up to `limit` due jobs of these `tasks` (and `queues`, if given) for `lease` seconds: highest
@@ -29,6 +30,8 @@ class Store(Protocol):
     def renew(self, worker:str, jobs:Iterable[tuple[int, int]], lease:float=30.0) -> list[tuple[int, int]]:
         """Prolong the leases of these (seq, attempt) pairs; give those that this worker no longer holds (cancelled,
         taken, gone)."""
+    def gone(self, jobs:Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        "Those of these (seq, attempt) pairs that no longer run: one cheap look, which waits for no writer."
     def finish(self, done:Sequence[Done]) -> list[bool]:
         """Write down what came of these attempts, in one commit. `False` for each that was fenced off, because that
         attempt no longer runs: the job was taken back, has had a newer attempt, was cancelled, or is gone;
@@ -41,7 +44,9 @@ class Store(Protocol):
     def sweep(self, max_crashes:int=3) -> list[Job]:
         """Take back what vanished workers held: leases that ran out, and workers of this machine that are dead.
         Those jobs are queued again and their attempt counts as a crash, not as a try; with more than
-        `max_crashes` crashes a job is dead instead. Gives the jobs, as they are now."""
+        `max_crashes` crashes a job is dead instead. They are due at once, but jobs that one worker has taken down
+        for a second time or more are due one after the other, each time in the opposite order, so that the one
+        that does it and the others part. Gives the jobs, as they are now."""
     def next_due(self, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
         """Seconds from now until `claim` with these may give something: 0 or less if it would now, `None` if nothing
         waits. What is blocked, by a paused queue or by a job that it is to run after, doesn't wait for a time and
@@ -64,7 +69,9 @@ class Store(Protocol):
         """Cancel a queued or running job. A running one is `cancelled` at once; its worker is told by `renew`. One
         that has ended stays as it is. Gives the job as it is now."""
     def retry(self, id:str) -> Job|None:
-        "Queue a `dead` or `cancelled` job again, with all its tries, due now. Gives the job as it is now."
+        """Queue a `dead` or `cancelled` job again, with all its tries, due now, whatever it was to run after. Those
+        that were cancelled because of it wait for it again, and so on down the line, unless another job that they
+        were to run after has failed, or their key is taken. Gives the job as it is now."""
     def pause(self, queue:str) -> None:
         "Let no process claim from `queue` any more; what runs goes on."
     def resume(self, queue:str) -> None:
@@ -75,9 +82,9 @@ class Store(Protocol):
         "Forget up to `limit` jobs that ended more than `older_than` seconds ago, whatever their `keep`; give how many."
     def prune(self, limit:int=1000) -> int:
         "Forget up to `limit` jobs whose `keep` time after the end is over; give how many."
-    def tick(self, name:str, at:float, call:Call|None) -> bool:
-        """In one commit: if the schedule `name` has not ticked at `at` or later, note that it has and record `call`
-        (unless `None`). `False` if it had: another process was first."""
+    def tick(self, name:str, last:float|None, at:float, call:Call|None) -> bool:
+        """In one commit: if the last tick of the schedule `name` still is `last`, note that it is `at` now, earlier or
+        later, and record `call` (unless `None`). `False` if it was another: some process was first."""
     def last_tick(self, name:str) -> float|None:
         "The last time that the schedule `name` has ticked, or `None`."
     def events(self, after:int=0, *, job:str|None=None, limit:int=1000) -> list[Event]:

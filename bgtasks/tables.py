@@ -6,7 +6,7 @@
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'app_id', 'schemas',
            'json_in', 'job_sql', 'insert_sql', 'up_to_date', 'json_list', 'as_job', 'as_claimed_job', 'corrupt',
            'readable', 'as_row', 'as_new_job', 'take', 'note', 'held', 'prolong', 'keep_progress', 'cancel_jobs',
-           'after_end', 'await_parents', 'forget']
+           'after_end', 'await_parents', 'queue_again', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Iterable
@@ -48,6 +48,8 @@ CREATE TABLE events(id INTEGER PRIMARY KEY, seq INTEGER NOT NULL, kind TEXT NOT 
 CREATE INDEX events_seq ON events(seq);
 CREATE TABLE counter(one INTEGER PRIMARY KEY CHECK(one = 1), seq INTEGER, event INTEGER, lanes INTEGER, boot TEXT);
 INSERT INTO counter VALUES(1, 0, 0, 0, '');
+""", """
+CREATE INDEX deps_child ON deps(child);
 """] # schemas[n] brings a file from schema n to n+1
 
 # %% ../nbs/api/14_tables.ipynb #3e94c21b
@@ -209,10 +211,11 @@ def keep_progress(
 # %% ../nbs/api/14_tables.ipynb #1625de13
 _lost = 'it was to run after job {}, which did not succeed'
 
-def _children(cx, seqs) -> list[tuple[int, int]]:
-    "Pairs of parent and child for the jobs that wait for these; they are struck off the list."
+def _children(cx, seqs, strike=False) -> list[tuple[int, int]]:
+    "Pairs of parent and child for the jobs that wait for these; `strike` them off the list?"
     if not cx.execute('SELECT 1 FROM deps LIMIT 1').fetchall(): return []
-    return cx.execute(f'DELETE FROM deps WHERE parent {json_in} RETURNING parent,child', (json_list(seqs),)).fetchall()
+    sql = 'DELETE FROM deps WHERE parent {} RETURNING parent,child' if strike else 'SELECT * FROM deps WHERE parent {}'
+    return cx.execute(sql.format(json_in), (json_list(seqs),)).fetchall()
 
 def cancel_jobs(
     cx:Any,             # A connection in a transaction
@@ -236,7 +239,7 @@ def after_end(
     now:float           # Seconds since 1970
 ):
     "Let those run that waited for jobs which have succeeded; cancel those that waited for the others."
-    children = [c for _,c in _children(cx, succeeded)]
+    children = [c for _,c in _children(cx, succeeded, strike=True)]
     cx.executemany('UPDATE jobs SET waits=waits-1 WHERE seq=?', [(c,) for c in children])
     sql = 'UPDATE jobs SET st=iif(run_at>?,0,1) WHERE seq=? AND st=3 AND waits=0'
     cx.executemany(sql, [(now, c) for c in children])
@@ -254,11 +257,35 @@ def await_parents(
     found = {i:(s, st) for i,s,st in rows.fetchall()}
     for i in job.after:
         if i not in found: return cancel_jobs(cx, {job.seq: f'it was to run after job {i}, which is unknown'}, now)
-        if found[i][1] in (DEAD, CANCELLED): return cancel_jobs(cx, {job.seq: _lost.format(i)}, now)
     waits = [s for s,st in found.values() if st != SUCCEEDED]
     cx.executemany('INSERT INTO deps(parent,child) VALUES(?,?)', [(s, job.seq) for s in waits])
+    for i,(_,st) in found.items():
+        if st in (DEAD, CANCELLED): return cancel_jobs(cx, {job.seq: _lost.format(i)}, now)
     sql = 'UPDATE jobs SET waits=?1' if waits else 'UPDATE jobs SET waits=?1, st=iif(run_at>?2,0,1)'
     cx.execute(sql + ' WHERE seq=?3', (len(waits), now, job.seq))
+
+# %% ../nbs/api/14_tables.ipynb #91e7dd23
+_would_wait = """SELECT c.seq, (SELECT count(*) FROM deps WHERE child=c.seq) FROM deps d JOIN jobs c ON c.seq=d.child
+WHERE d.parent=? AND c.st=6 AND NOT EXISTS(SELECT 1 FROM jobs k WHERE k.key=c.key AND k.st<4) AND NOT EXISTS(
+  SELECT 1 FROM deps o LEFT JOIN jobs p ON p.seq=o.parent WHERE o.child=c.seq AND ifnull(p.st,6)>=5)
+ORDER BY c.seq LIMIT 1"""
+
+def queue_again(
+    cx:Any,     # A connection in a transaction
+    seq:int,    # A dead or cancelled job
+    now:float   # Seconds since 1970
+):
+    "Make a job due, whatever it was to run after, and let those wait for it that were cancelled because of it."
+    def put(seq, st, waits):
+        sql = ('UPDATE jobs SET st=?, waits=?, run_at=iif(?,run_at,?), lost=attempt, crashes=0, finished_at=NULL, '
+               'until=NULL, error=NULL WHERE seq=? RETURNING attempt')
+        attempt = cx.execute(sql, (st, waits, waits, now, seq)).fetchall()[0][0]
+        note(cx, [(seq, 'queued', attempt, now, None)])
+        return seq
+    cx.execute('DELETE FROM deps WHERE child=?', (seq,))
+    line = [put(seq, DUE, 0)]
+    for s in line: # it grows
+        while rows := cx.execute(_would_wait, (s,)).fetchall(): line.append(put(rows[0][0], BLOCKED, rows[0][1]))
 
 # %% ../nbs/api/14_tables.ipynb #4a380adb
 def forget(

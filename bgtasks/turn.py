@@ -68,13 +68,18 @@ class Turn:
 
     def _hold(self, store):
         if self.renew: self.lost = store.renew(self.worker, self.renew, self.lease)
-        for key,id in self.watch:
-            job = store.get(id)
-            if job is None or job.state is not State.running or job.attempt!=key[1]: self.lost.append(key)
+        if self.watch: self.lost = [*self.lost, *store.gone(self.watch)]
 
     def _report(self, store):
-        if self.progress: store.progress(self.progress)
-        if self.lines: store.log(self.lines)
+        "Write what tasks say; if it fails time after time, drop it, for it would keep all else from being written."
+        try:
+            if self.progress: store.progress(self.progress)
+            self.progress = []
+            if self.lines: store.log(self.lines)
+        except Exception as e:
+            if self.failed <= 3: raise
+            self.error,self.progress = e,[]
+        self.lines = []
 
     def _claim(self, store):
         "Claim for each lane what it `wants`; if none got as much, ask when there will be more."

@@ -159,7 +159,7 @@ def _gather(self:Worker, now) -> Turn:
         self._reporting,self._report_at = False,now+.1
     if now >= self._renew_at: turn.renew,self._renew_at = self._held(turn),now+self.lease/3
     if self._seen and now >= self._watched_at+.25:
-        turn.watch = [(k, a.job.id) for k,a in self._running.items() if now-a.since > .2 and not a.stopped]
+        turn.watch = [k for k,a in self._running.items() if now-a.since > .2 and not a.stopped]
         self._seen,self._watched_at = False,now
     if now >= self._chores_at:
         turn.max_crashes,turn.prune,self._chores_at = self.max_crashes,now >= self._prune_at,now+1
@@ -217,6 +217,7 @@ def _bear(self:Worker, turn, now):
     wait = min(.05 * 2**self._trouble, 5)
     _log.error('Worker %s: trouble with the store, next try in %.2g s, %d verdicts wait: %s', self.name, wait,
                len(turn.left), turn.error)
+    self._reports.put_back(turn.progress, turn.lines)
     self._done,self._not_before,self._renew_at = turn.left+self._done,now+wait,min(self._renew_at, now+wait)
 
 # %% ../nbs/api/40_worker.ipynb #7464080d

@@ -33,11 +33,11 @@ class ModelStore:
         row.set(state=state, finished_at=now, **kw)
         row.until = now + row.keep
         self._note(row, state)
-        for child in [r for r in self.rows.values() if row.id in r.parents and r.state is State.queued]:
-            child.parents.discard(row.id)
+        for child in [r for r in self.rows.values() if row.id in r.parents]:
             gone = Failure('Cancelled', f'after {row.id}')
-            if state is not State.succeeded: self._end(child, State.cancelled, error=gone)
-            elif not child.parents: child.ready = child.run_at <= now
+            if state is State.succeeded: child.parents.discard(row.id)
+            elif child.state is State.queued: self._end(child, State.cancelled, error=gone)
+            if child.state is State.queued and not child.parents: child.ready = child.run_at <= now
 
     def _queue(self, row, **kw):
         row.set(state=State.queued, **kw)
@@ -46,11 +46,9 @@ class ModelStore:
 
     def add(self, calls):
         if len({c.id for c in calls} | set(self.rows)) < len(calls) + len(self.rows): raise ValueError('an id twice')
-        one = {} # calls of one list with the same key are one job, even if it is cancelled at once
-        return [self.get(i) for i in [one.setdefault(c.key or c.id, self._add(c, one)) for c in calls]]
+        return [self.get(i) for i in [self._add(c) for c in calls]]
 
-    def _add(self, c, known):
-        if c.key in known: return known[c.key]
+    def _add(self, c):
         if c.key is not None and (other := self._holder(c.key)): return other.id
         now,(args, kwargs) = self.clock(),json.decode(c.payload)
         self.seq += 1
@@ -63,6 +61,7 @@ class ModelStore:
         for i in c.after:
             if i not in self.rows or self.rows[i].state in (State.dead, State.cancelled):
                 self._end(row, State.cancelled, error=Failure('Cancelled', f'after {i}'))
+                if i not in self.rows: row.parents = set() # nobody brings it back
                 break
         return c.id
 
@@ -90,6 +89,7 @@ class ModelStore:
         for p in jobs:
             if p not in lost: self._of(p[0]).until = self.mono() + lease
         return lost
+    def gone(self, jobs): return [p for p in jobs if not self._runs(*p)]
 
     def finish(self, done): return [self._finish(d) for d in done]
     def _finish(self, d):
@@ -110,12 +110,13 @@ class ModelStore:
         for s,a,level,text in lines: self._note(self._of(s), 'log', dict(level=level, text=text), a)
 
     def sweep(self, max_crashes=3):
-        gone = [r for r in self.rows.values() if r.state is State.running and r.until <= self.mono()]
-        for r in gone:
-            error = Failure('WorkerLost', f'worker {r.worker} vanished')
-            r.set(crashes=r.crashes+1)
+        gone,place = [r for r in self.rows.values() if r.state is State.running and r.until <= self.mono()],{}
+        for r in sorted(gone, key=lambda r: r.seq if r.crashes%2 else -r.seq):
+            error,wait = Failure('WorkerLost', f'worker {r.worker} vanished'),0
+            if r.crashes: wait,place[r.worker] = .2*place.get(r.worker, 0),place.get(r.worker, 0)+1
+            r.set(crashes=r.crashes+1, lost=r.lost+1)
             if r.crashes > max_crashes: self._end(r, State.dead, error=error)
-            else: self._queue(r, run_at=self.clock(), lost=r.lost+1, error=error)
+            else: self._queue(r, run_at=self.clock()+wait, error=error)
         return [r.job for r in gone]
 
     def join(self, worker): pass
@@ -136,13 +137,23 @@ class ModelStore:
     def cancel(self, id, why=''):
         if id in self.rows and self.rows[id].state not in ENDS:
             self._end(self.rows[id], State.cancelled, error=Failure('Cancelled', why))
+            self.rows[id].parents = set()
         return self.get(id)
     def retry(self, id):
         if (r := self.rows.get(id)) and r.state in (State.dead, State.cancelled):
             if r.key is not None and self._holder(r.key): raise ValueError('its key is taken')
             r.parents = set()
-            self._queue(r, run_at=self.clock(), finished_at=None, lost=r.attempt, crashes=0, error=None)
+            r.set(run_at=self.clock())
+            line = [self._again(r)]
+            for row in line:
+                line += [self._again(r) for r in self.rows.values() if row.id in r.parents and self._may_wait(r)]
         return self.get(id)
+    def _again(self, row):
+        self._queue(row, finished_at=None, lost=row.attempt, crashes=0, error=None)
+        return row
+    def _may_wait(self, r):
+        failed = [i for i in r.parents if i not in self.rows or self.rows[i].state in (State.dead, State.cancelled)]
+        return r.state is State.cancelled and not failed and not (r.key and self._holder(r.key))
 
     def pause(self, queue): self.off.add(queue)
     def resume(self, queue): self.off.discard(queue)
@@ -158,10 +169,10 @@ class ModelStore:
     def prune(self, limit=1000):
         return self._forget([r.id for r in self.rows.values() if r.state in ENDS and r.until <= self.clock()][:limit])
 
-    def tick(self, name, at, call):
-        if name in self.seen and self.seen[name] >= at: return False
+    def tick(self, name, last, at, call):
+        if self.seen.get(name) != last: return False
         self.seen[name] = at
-        if call is not None: self._add(call, {})
+        if call is not None: self._add(call)
         return True
     def last_tick(self, name): return self.seen.get(name)
     def events(self, after=0, *, job=None, limit=1000):

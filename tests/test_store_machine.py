@@ -98,10 +98,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(queue=st.sampled_from(QUEUES), verb=st.sampled_from(['pause', 'resume', 'resume']))
     def steer(self, queue, verb): self.both(verb, queue)
 
-    @rule(at=st.integers(0, 5), record=st.booleans())
-    def tick(self, at, record):
+    @rule(last=st.none() | st.integers(0, 5), at=st.integers(0, 5), record=st.booleans())
+    def tick(self, last, at, record):
         self.n += 1
-        self.both('tick', 's', float(at), Call(id=f'tick{self.n}', task='t', payload=b'[[],{}]') if record else None)
+        call = Call(id=f'tick{self.n}', task='t', payload=b'[[],{}]') if record else None
+        self.both('tick', 's', last, float(at), call)
 
     # What workers do
 
