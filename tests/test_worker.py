@@ -1,5 +1,5 @@
 "A worker on a real file, in real processes: signals, kills, the command, and who gets the jobs afterwards."
-import asyncio, os, signal, subprocess, sys, time
+import asyncio, os, re, signal, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import msgspec, pytest
@@ -38,9 +38,29 @@ def afar(n:int) -> int:
     return n*2 + (current_job().task=='afar')
 '''
 
+WEB = '''
+import sys
+from contextlib import asynccontextmanager
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from bgtasks.worker import Worker
+from app import add, queue
+
+async def home(request): return JSONResponse(add.enqueue(20, 22).id)
+
+@asynccontextmanager
+async def lifespan(app):
+    async with Worker(queue, grace=float(sys.argv[1])): yield
+
+if __name__=='__main__': uvicorn.run(Starlette(routes=[Route('/', home)], lifespan=lifespan), port=0)
+'''
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path/'app.py').write_text(APP)
+    (tmp_path/'web.py').write_text(WEB)
     return tmp_path
 
 @pytest.fixture
@@ -123,6 +143,42 @@ def test_second_signal_ends_at_once(folder, queue):
         assert c.p.poll() is None
         c.p.send_signal(signal.SIGTERM)
         assert c.p.wait(30)==128+signal.SIGTERM
+
+class Server(Command):
+    "An app under uvicorn, in a process of its own, with a worker in its lifespan"
+    def __init__(self, folder, grace):
+        env = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}')
+        self.p = subprocess.Popen([sys.executable, 'web.py', str(grace)], cwd=folder, env=env, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.said = ''
+        while not (found := re.search(r'http://[\d.]+:\d+', self.said)):
+            line = self.p.stdout.readline()
+            assert line, self.said
+            self.said += line
+        self.url = found[0]
+    def get(self): return msgspec.json.decode(urllib.request.urlopen(self.url, timeout=30).read())
+
+@pytest.mark.parametrize('signals', [1, 2])
+def test_worker_in_a_web_app_ends_with_the_server(folder, queue, signals):
+    "What fits into the grace time is finished, the rest is queued again, and the server does not hang"
+    with Server(folder, grace=2) as web:
+        done = web.get()
+        until(lambda: state(queue, done)=='succeeded')
+        short,long,thread = record(queue, 'wait', .5),record(queue, 'wait', 3600),record(queue, 'block', 3600)
+        until(lambda: all(state(queue, j)=='running' for j in (short, long, thread)))
+        web.p.send_signal(signal.SIGTERM)
+        if signals==2: # an impatient one
+            time.sleep(.1)
+            web.p.send_signal(signal.SIGTERM)
+        said = web.p.communicate(timeout=60)[0]
+    assert web.p.returncode in (0, -signal.SIGTERM), said
+    if signals==2: # nothing could be said to the store in order: the next one who looks sees that the worker is dead
+        until(lambda: queue.store.sweep() or state(queue, long)=='queued')
+        assert state(queue, short) in ('queued', 'succeeded')
+    else:
+        assert 'Traceback' not in said and state(queue, short)=='succeeded', said
+        assert [queue.get(j).tries for j in (long, thread)]==[0, 0]
+    assert [state(queue, j) for j in (long, thread)]==['queued', 'queued'], said
 
 def test_task_in_another_process_is_found_and_reports(folder, queue):
     with Command(folder) as c:
