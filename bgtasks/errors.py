@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BgTasksError', 'BadTask', 'BadOption', 'TaskTimeout', 'NotPicklable', 'ProcessDied', 'RemoteError', 'NoMiddleware',
            'StoreError', 'BadArguments', 'TooLarge', 'UnknownJob', 'WaitTimeout', 'JobFailed', 'JobCancelled', 'Retry',
-           'Cancel', 'Unusable']
+           'Cancel', 'Unusable', 'Unsupported', 'BackendUnavailable']
 
 # %% ../nbs/api/01_errors.ipynb #9626a829
 from math import isfinite
@@ -100,3 +100,11 @@ class Cancel(Exception):
 # %% ../nbs/api/01_errors.ipynb #15c09d28
 class Unusable(BgTasksError, ValueError):
     "The recorded arguments don't fit the task as it is now, or its result can't be recorded."
+
+# %% ../nbs/api/01_errors.ipynb #27ae4fcb
+class Unsupported(BadOption):
+    "The backend of this queue can't do that."
+
+class BackendUnavailable(BgTasksError, ConnectionError):
+    "The backend can't be reached; what was asked for has not been done, and may be asked for again."
+    sent:tuple = () # Ids of the jobs of the same call that had been handed over before

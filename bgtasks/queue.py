@@ -22,7 +22,7 @@ from .job import Event, Job, State
 from .retry import Backoff
 from .schedule import seconds
 from .sqlite import SQLiteStore
-from .store import Store
+from .store import Backend, Store
 from .task import Task, TaskOptions
 
 # %% ../nbs/api/31_queue.ipynb #0afbdd62
@@ -43,7 +43,8 @@ def _opened(where):
     if where is None: return SQLiteStore()
     if isinstance(where, (str, os.PathLike)): return SQLiteStore(where)
     if callable(getattr(where, 'add', None)): return where
-    raise BadOption(f'TaskQueue({where!r}): give the path of a file, a store, or nothing for a queue in memory')
+    raise BadOption(f'TaskQueue({where!r}): give the path of a file, a store, a backend, or nothing for a queue in '
+                    'memory')
 
 # %% ../nbs/api/31_queue.ipynb #d2853966
 def _typed_in(func) -> bool:
@@ -64,7 +65,7 @@ def _one_meaning(tasks, new):
 class TaskQueue:
     "Where tasks are declared, and their jobs recorded and looked after."
     def __init__(self,
-        where:str|os.PathLike|Store|None=None, # The file; a store; or nothing: a queue in memory
+        where:str|os.PathLike|Store|Backend|None=None, # The file; a store; a backend; or nothing: a queue in memory
         *,
         max_payload:int=2**20                  # Bytes of JSON that the arguments or the result of a job may take
     ):
@@ -110,6 +111,7 @@ class TaskQueue:
     def _declare(self, name, options, func):
         task = Task(func, self, name, options, self.max_payload)
         _one_meaning(self.tasks, task)
+        if isinstance(self.store, Backend): self.store.declare(task)
         self.tasks[task.name] = task
         return task
 

