@@ -20,7 +20,6 @@ from .job import Done, Outcome, State
 from .periodic import Periodic
 from .report import Reports, keep_logs
 from .run import _limits, set_limits
-from .store import claimable
 from .threads import Threads
 from .turn import Lane, Turn
 
@@ -60,9 +59,9 @@ class Worker:
         if processes is not None: _check(processes=(processes, 1))
         if isinstance(queues, str): raise BadOption(f'Worker(queues={queues!r}): give a list of names: [{queues!r}]')
         if processes is not None: set_limits(processes=processes)
-        self.queue,self.queues,self.lease,self.grace,self.max_crashes = claimable(queue),queues,lease,grace,max_crashes
+        self.queue,self.queues,self.lease,self.grace,self.max_crashes = queue,queues,lease,grace,max_crashes
         self.limits = {None:concurrency, 'thread':threads, 'process':_limits['processes']}
-        self.name,self._given,self._pump_task = name,name,None
+        self.name,self._given,self._pump_task,self._periodic = name,name,None,Periodic(queue)
 
     def __repr__(self): return f'Worker({self.name or "not started"})'
 
@@ -326,7 +325,6 @@ async def start(self:Worker):
             self._loop.add_reader(fd, self._committed)
     self._sort_tasks()
     self._pump_task = self._loop.create_task(self._pump())
-    self._periodic = Periodic(self.queue)
     self._periodic.start()
     _log.info('Worker %s has started', self.name)
 
