@@ -375,6 +375,24 @@ def _(t):
     try: yield select.select([fd], [], [], 5)[0], [fd]
     finally: os.close(fd)
 
+@_promise('wait_fd: with `news`, what brings no work is not told')
+def _(t):
+    if (fd := t.store.wait_fd(news=True)) is None: return
+    def heard(seconds):
+        got = bool(select.select([fd], [], [], seconds)[0])
+        if got: os.read(fd, 1<<16)
+        return got
+    try:
+        for bring in (t.one, lambda: t.store.cancel(t.one().id), lambda: t.store.retry(t.store.cancel(t.one().id).id),
+                      lambda: t.store.resume('q'), lambda: t.finish(t.claim()[0], state=State.queued)):
+            bring()
+            yield heard(5), True
+        job, = t.claim()
+        t.store.progress([(job.seq, job.attempt, Progress(1))])
+        t.finish(job)
+        yield heard(0), False
+    finally: os.close(fd)
+
 # %% ../nbs/api/22_check.ipynb #e58443f4
 def check_store(
     make:Callable[..., Store] # Makes a new, empty store; called with `clock=` and `ticks=`, functions that give seconds

@@ -67,6 +67,7 @@ class SharedFile:
         self.memory = str(path)==':memory:'
         self.path = ':memory:' if self.memory else str(Path(path).absolute())
         self.sync,self.timeout,self.setup = sync,timeout,setup
+        self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
         if not self.memory and (lib := apsw.sqlite_lib_version()) and tuple(map(int, lib.split('.'))) < (3, 51, 3):
             raise StoreError(f'SQLite {lib} can corrupt a file that several connections write to (its WAL-reset bug, '
                              'fixed in 3.51.3). Upgrade apsw: pip install -U apsw')
@@ -75,7 +76,7 @@ class SharedFile:
     def __repr__(self): return f'SharedFile({Path(self.path).name!r})'
 
     def _open(self):
-        self._pid,self._locks,self._signals = os.getpid(),{},set()
+        self._pid,self._locks,self._signals,self._bell = os.getpid(),{},{},None
         self._lock,self._rlock = threading.RLock(),threading.RLock()
         try:
             if not self.memory: _make_private(self.path)
@@ -101,7 +102,7 @@ class SharedFile:
         if self.memory: raise StoreError('An in-memory queue lives in the process that made it, and this is a forked '
                                          'child. Use a file: TaskQueue("tasks.db")')
         _from_parents.append((self._cx, self._rx))
-        for fd in self._locks.values(): os.close(fd) # else this child would keep its parent's workers alive
+        for fd in self._held(): os.close(fd) # else this child would keep its parent's workers alive
         self._open()
 
     def write(self,
@@ -117,11 +118,13 @@ class SharedFile:
                 out = verb(cx, *args)
                 cx.execute('COMMIT')
             except BaseException as e:
+                self.news = False
                 with suppress(apsw.Error):
                     if cx.in_transaction: cx.execute('ROLLBACK')
                 if isinstance(e, apsw.Error): raise _trouble(self.path, e) from e
                 raise
-        if self._signals: self._signal()
+            news,self.news = self.news,False
+        if news or self._signals: self._tell(news)
         return out
 
     @contextmanager
@@ -139,11 +142,14 @@ class SharedFile:
         "Give the rows of a query."
         with self.reader() as cx: return cx.execute(sql, args).fetchall()
 
+    def _held(self): return [*self._locks.values(), *([] if self._bell is None else [self._bell])]
+
     def close(self):
         "Close all that this process has open; locks that it holds are dropped."
         if self._pid != os.getpid(): return
         with self._lock, self._rlock:
-            for name in list(self._locks): os.close(self._locks.pop(name))
+            for fd in self._held(): os.close(fd)
+            self._locks,self._bell = {},None
             self._rx.close()
             self._cx.close()
 
@@ -152,13 +158,17 @@ _from_parents = [] # never closed: closing a connection in a forked child drops 
 
 # %% ../nbs/api/15_file.ipynb #c2626d3e
 @patch
-def wait_fd(self:SharedFile) -> int: # The caller reads it empty before waiting again, and closes it
+def wait_fd(self:SharedFile,
+    news:bool=False # Only with commits that bring work?
+) -> int: # The caller reads it empty before waiting again, and closes it
     "Make a file descriptor that becomes readable with every commit."
     self._check()
-    if not self.memory and sys.platform=='linux': return _watch(self.path + '-wal')
+    if not self.memory and sys.platform=='linux':
+        if news: _make_private(self.path+'-bell')
+        return _watch(self.path + ('-bell' if news else '-wal'))
     ours,theirs = socket.socketpair()
     ours.setblocking(False); theirs.setblocking(False)
-    self._signals.add(ours)
+    self._signals[ours] = news
     return theirs.detach()
 
 def _watch(path) -> int:
@@ -173,12 +183,21 @@ def _watch(path) -> int:
     return fd
 
 @patch
-def _signal(self:SharedFile):
-    "Tell those in this process who wait for a commit."
-    for end in list(self._signals):
+def _tell(self:SharedFile, news):
+    "Tell those who wait for a commit, or for news."
+    if news and not self.memory: self._ring()
+    for end,only_news in list(self._signals.items()):
+        if only_news and not news: continue
         try: end.send(b'x')
         except BlockingIOError: pass # it has not read the last one yet
-        except OSError: self._signals.discard(end); end.close()
+        except OSError: self._signals.pop(end, None); end.close()
+
+@patch
+def _ring(self:SharedFile):
+    "Write to the bell; if that can't be done, workers of other processes find the work a little later."
+    with suppress(OSError):
+        if self._bell is None: self._bell = os.open(self.path+'-bell', os.O_CREAT|os.O_WRONLY|os.O_CLOEXEC, 0o600)
+        os.pwrite(self._bell, b'!', 0)
 
 # %% ../nbs/api/15_file.ipynb #553a2c8f
 @patch

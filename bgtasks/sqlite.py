@@ -45,9 +45,9 @@ class SQLiteStore:
         "The file's absolute path, or `':memory:'`."
         return self.file.path
 
-    def wait_fd(self) -> int: # The caller reads it empty before waiting again, and closes it
-        "Make a file descriptor that becomes readable with every commit."
-        return self.file.wait_fd()
+    def wait_fd(self, news:bool=False) -> int: # The caller reads it empty before waiting again, and closes it
+        "Make a file descriptor that becomes readable with every commit; with `news`, with those that may bring work."
+        return self.file.wait_fd(news)
 
     def close(self):
         "Close the file; a worker of this process that has not left counts as dead."
@@ -82,7 +82,7 @@ def _lane(self:SQLiteStore, cx, key) -> int:
 # %% ../nbs/api/21_sqlite.ipynb #68ebea4b
 @patch
 def _add(self:SQLiteStore, cx, calls):
-    now = self.clock()
+    now,self.file.news = self.clock(),True
     if any(c.key is not None for c in calls): return self._add_keyed(cx, calls)
     seq,event,at = take(cx, len(calls), len(calls))
     self._read_lanes(cx, at)
@@ -197,7 +197,6 @@ def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
 def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection[str]|None=None, *, limit:int=1,
         lease:float=30.0) -> list[Job]:
     "Take due jobs for a worker."
-    if (due := self.next_due(tasks, queues)) is None or due > 0: return []
     return self._write(self._claim, worker, tasks, queues, limit, lease)
 
 # %% ../nbs/api/21_sqlite.ipynb #cf43e789
@@ -223,7 +222,8 @@ def _finish(self:SQLiteStore, cx, done):
     cx.executemany(_again, again)
     if cx.total_changes()-before != len(done): raise _Late # somebody else has ended or taken one of them
     note(cx, facts)
-    after_end(cx, [e[-2] for e in ended if e[0]==SUCCEEDED], [e[-2] for e in ended if e[0] != SUCCEEDED], now)
+    freed = after_end(cx, [e[-2] for e in ended if e[0]==SUCCEEDED], [e[-2] for e in ended if e[0] != SUCCEEDED], now)
+    self.file.news = self.file.news or freed or bool(again)
     return [True]*len(done)
 
 @patch
@@ -293,7 +293,7 @@ def sweep(self:SQLiteStore, max_crashes:int=3) -> list[Job]:
 # %% ../nbs/api/21_sqlite.ipynb #24f8586f
 @patch
 def _cancel(self:SQLiteStore, cx, id, why):
-    rows = cx.execute('SELECT seq,st FROM jobs WHERE id=?', (id,)).fetchall()
+    rows,self.file.news = cx.execute('SELECT seq,st FROM jobs WHERE id=?', (id,)).fetchall(),True
     if rows and rows[0][1] < SUCCEEDED:
         cancel_jobs(cx, {rows[0][0]: why}, self.clock())
         cx.execute('DELETE FROM deps WHERE child=?', (rows[0][0],)) # for its own sake, so no parent brings it back
@@ -306,7 +306,7 @@ def cancel(self:SQLiteStore, id:str, why:str='') -> Job|None:
 
 @patch
 def _retry(self:SQLiteStore, cx, id):
-    rows = cx.execute('SELECT seq,st,key FROM jobs WHERE id=?', (id,)).fetchall()
+    rows,self.file.news = cx.execute('SELECT seq,st,key FROM jobs WHERE id=?', (id,)).fetchall(),True
     if rows and rows[0][1] in (DEAD, CANCELLED):
         seq,_,key = rows[0]
         if key is not None and cx.execute('SELECT 1 FROM jobs WHERE key=? AND st<4', (key,)).fetchall():
@@ -319,19 +319,20 @@ def retry(self:SQLiteStore, id:str) -> Job|None:
     "Queue a job again, due now, whatever it was to run after, and with it those that were cancelled because of it."
     return self._write(self._retry, id)
 
-def _set_pause(cx, sql, queue):
-    cx.execute(sql, (queue,))
-    cx.execute('UPDATE counter SET lanes=lanes+1')
+@patch
+def _set_pause(self:SQLiteStore, cx, sql, queue):
+    self.file.news = True
+    cx.execute(sql + ';UPDATE counter SET lanes=lanes+1', (queue,))
 
 @patch
 def pause(self:SQLiteStore, queue:str):
     "Let no process claim from `queue` any more; what runs goes on."
-    self._write(_set_pause, 'INSERT OR IGNORE INTO paused VALUES(?)', queue)
+    self._write(self._set_pause, 'INSERT OR IGNORE INTO paused VALUES(?)', queue)
 
 @patch
 def resume(self:SQLiteStore, queue:str):
     "End a pause."
-    self._write(_set_pause, 'DELETE FROM paused WHERE queue=?', queue)
+    self._write(self._set_pause, 'DELETE FROM paused WHERE queue=?', queue)
 
 @patch
 def paused(self:SQLiteStore) -> list[str]:

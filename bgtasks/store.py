@@ -95,9 +95,10 @@ class Store(Protocol):
     def close(self) -> None:
         "Close all that this process has open."
 
-    def wait_fd(self) -> int|None:
+    def wait_fd(self, news:bool=False) -> int|None:
         """Make a file descriptor that becomes readable when any process commits, for an event loop to watch; `None`
-        if there is none. The caller reads it empty before waiting again, and closes it."""
+        if there is none. With `news`, only commits count that may bring work: a job became due, or was cancelled.
+        The caller reads it empty before waiting again, and closes it."""
 
 # %% ../nbs/api/13_store.ipynb #812f9187
 features = dict( # What a backend may say that it `supports_`, and how a reader knows it

@@ -237,7 +237,7 @@ def after_end(
     succeeded:list[int],# seq of each job that has just succeeded
     failed:list[int],   # seq of each that is dead or cancelled
     now:float           # Seconds since 1970
-):
+) -> bool: # Was there any?
     "Let those run that waited for jobs which have succeeded; cancel those that waited for the others."
     children = [c for _,c in _children(cx, succeeded, strike=True)]
     cx.executemany('UPDATE jobs SET waits=waits-1 WHERE seq=?', [(c,) for c in children])
@@ -246,6 +246,7 @@ def after_end(
     if pairs := _children(cx, failed):
         names = dict(cx.execute(f'SELECT seq,id FROM jobs WHERE seq {json_in}', (json_list(failed),)).fetchall())
         cancel_jobs(cx, {c: _lost.format(names[p]) for p,c in pairs}, now)
+    return bool(children or pairs)
 
 def await_parents(
     cx:Any,     # A connection in a transaction

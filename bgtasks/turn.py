@@ -24,6 +24,7 @@ class Lane:
     ):
         self.runner,self.limit,self.names,self.ready = runner,limit,[],deque()
         self.running,self.ended,self.rate,self.moved = 0,0,0.0,0.0
+        self.more = False # may there be more in the store, though nobody says so?
 
     def wants(self) -> int:
         "Tell how many jobs to claim."
@@ -49,9 +50,10 @@ class Turn:
     ):
         self.worker,self.lease,self.done,self.failed = worker,lease,done or [],failed
         self.renew,self.watch,self.progress,self.lines,self.wants,self.queues = [],[],[],[],[],None
+        self.look,self.sure = True,True     # does it ask for all lanes with room, or for some? without looking first?
         self.max_crashes,self.prune = None,False                        # `None`: no sweep in this turn
         self.written,self.late,self.left,self.error = 0,[],self.done,None # what came of the verdicts
-        self.lost,self.jobs,self.swept,self.full,self.due,self.pruned = [],[],[],False,None,0
+        self.lost,self.jobs,self.swept,self.due,self.pruned = [],[],[],None,0
 
     def __repr__(self): return f'Turn({self.written} written, {len(self.left)} left, {len(self.jobs)} claims)'
 
@@ -82,15 +84,16 @@ class Turn:
         self.lines = []
 
     def _claim(self, store):
-        "Claim for each lane what it `wants`; if none got as much, ask when there will be more."
-        short = True
+        "Claim for each lane what it `wants`; if there is nothing, ask when there will be."
+        names = [o for lane,_ in self.wants for o in lane.names]
+        if names and not self.sure:
+            self.due = store.next_due(names, self.queues)
+            if self.due is None or self.due > 0: return
         for lane,n in self.wants:
             jobs = store.claim(self.worker, lane.names, self.queues, limit=n, lease=self.lease)
             self.jobs.append((lane, jobs))
-            if len(jobs) >= n: short = False
-        self.full = not short
-        names = [o for lane,_ in self.wants for o in lane.names]
-        if names and short: self.due = store.next_due(names, self.queues)
+            lane.more = len(jobs) >= n
+        if names and not any(jobs for _,jobs in self.jobs): self.due = store.next_due(names, self.queues)
 
     def _keep_house(self, store):
         if self.max_crashes is not None: self.swept = store.sweep(self.max_crashes)

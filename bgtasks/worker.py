@@ -20,7 +20,7 @@ from .job import Done, Outcome, State
 from .periodic import Periodic
 from .report import Reports, keep_logs
 from .run import _limits, set_limits
-from .threads import Threads
+from .threads import Threads, from_threads
 from .turn import Lane, Turn
 
 # %% ../nbs/api/40_worker.ipynb #5f5de678
@@ -79,28 +79,14 @@ def _reset(self:Worker):
     self._loop,self._context,self._threads = asyncio.get_running_loop(),copy_context(),Threads()
     self._lanes = {k: Lane(self._threads if k=='thread' else k, n) for k,n in self.limits.items()}
     self._running,self._done = {},[] # attempts by (seq, attempt); verdicts to write
-    self._reports = Reports(self._threadsafe(self._reported))
+    self._reports = Reports(from_threads(self._loop, self._reported))
     self._stir,self._told,self._empty = asyncio.Event(),asyncio.Event(),asyncio.Event()
-    self._stopping,self._closed,self._trouble,self._seen,self._turn = False,False,0,False,None
+    self._stopping,self._closed,self._trouble,self._turn = False,False,0,None
+    self._sign,self._seen = False,False # has somebody brought work, or cancelled some?
     self._ask_at = self._asked_at = self._turned_at = self._watched_at = self._report_at = self._not_before = 0.0
     now = monotonic()
     self._chores_at,self._prune_at,self._renew_at,self._gap = now+1,now+5,now+self.lease/3,0.0
     self._reporting = False
-
-@patch
-def _threadsafe(self:Worker, func):
-    "Make a function that any thread may call and that has the loop call `func` soon, once for many calls."
-    waiting = False
-    def now():
-        nonlocal waiting
-        waiting = False
-        func()
-    def soon():
-        nonlocal waiting
-        if waiting: return
-        waiting = True
-        with suppress(RuntimeError): self._loop.call_soon_threadsafe(now) # RuntimeError: the loop has ended
-    return soon
 
 # %% ../nbs/api/40_worker.ipynb #cbf96f3e
 @patch
@@ -163,10 +149,19 @@ def _gather(self:Worker, now) -> Turn:
         self._seen,self._watched_at = False,now
     if now >= self._chores_at:
         turn.max_crashes,turn.prune,self._chores_at = self.max_crashes,now >= self._prune_at,now+1
-    if now >= self._ask_at and not self._stopping:
-        self._sort_tasks()
-        turn.wants,turn.queues = [(l, n) for l in self._lanes.values() if (n := l.wants())],self.queues
+    if not self._stopping: self._ask(turn, now >= self._ask_at)
     return turn
+
+@patch
+def _ask(self:Worker, turn, look):
+    "Have `turn` claim for lanes that may get more, or for all when it is time to `look`."
+    self._sort_tasks()
+    asked = [l for l in self._lanes.values() if look or l.more]
+    turn.wants,turn.queues,turn.look = [(l, n) for l in asked if (n := l.wants())],self.queues,look
+    turn.sure = self._sign or any(l.more for l,_ in turn.wants)
+    if not look: return
+    for l in asked: l.more = not l.wants() # it gets none now, whatever there is
+    self._sign = False
 
 @patch
 def _held(self:Worker, turn):
@@ -224,26 +219,24 @@ def _bear(self:Worker, turn, now):
 @patch
 def _plan(self:Worker, turn, now):
     "Tell when to ask the store for jobs again."
+    if not turn.look: self._ask_at = min(self._ask_at, now+.005); return
     self._asked_at = now
-    if turn.full: self._ask_at = 0; return
-    if any(jobs for _,jobs in turn.jobs): self._gap = 0
-    elif not self._running and not self._done and (turn.due is None or turn.due > 0): self._empty.set()
-    self._gap = min(max(2*self._gap, .0005), 1)
-    self._ask_at = now + min(self._gap, 1 if turn.due is None else max(turn.due, .0005))
+    got,due = any(jobs for _,jobs in turn.jobs),1 if turn.due is None else turn.due
+    if not (got or self._running or self._done or self._sign or due <= 0): self._empty.set()
+    self._gap = 0 if got else min(max(2*self._gap, .0005), .01)
+    self._ask_at = now + (self._gap if self._sign else .005 if got else min(max(due, self._gap), 1))
 
 @patch
 def _added(self:Worker):
     "A job was enqueued in this process."
-    self._ask_at,self._gap = 0,0
+    self._sign,self._ask_at,self._gap = True,0,0
     self._stir.set()
 
 @patch
-def _committed(self:Worker):
-    "Some process has committed something."
+def _heard(self:Worker):
+    "Some process has recorded, released or cancelled a job."
     with suppress(BlockingIOError): os.read(self._fd, 1<<16)
-    self._seen,now = True,monotonic()
-    if now-self._asked_at > .02: self._ask_at,self._gap = now,0
-    elif self._gap > .005: self._ask_at,self._gap = min(self._ask_at, max(now, self._asked_at+.005)),.00125
+    self._sign,self._seen,self._ask_at = True,True,min(self._ask_at, self._asked_at+self._gap)
     self._stir.set()
 
 @patch
@@ -260,7 +253,8 @@ def _rest_time(self:Worker, now) -> float:
     if self._seen and self._running: at.append(self._watched_at+.25)
     for lane in self._lanes.values():
         if lane.ready: at.append(0 if self._stopping else lane.moved+.1)
-        if not self._stopping and lane.limit > lane.running and lane.wants(): at.append(self._ask_at)
+        if self._stopping or lane.running >= lane.limit or not lane.wants(): continue
+        at.append(0 if lane.more else self._ask_at)
     return max(min(at), self._not_before) - now
 
 @patch
@@ -317,12 +311,12 @@ async def start(self:Worker):
     self._reset()
     keep_logs()
     await self.queue.do(self.queue.store.join, self.name)
-    self._wake,self._fd = self._threadsafe(self._added),None
+    self._wake,self._fd = from_threads(self._loop, self._added),None
     self.queue.wakers.add(self._wake)
     with suppress(NotImplementedError): # an event loop that can't watch files: the worker looks once a second
-        if (fd := self.queue.store.wait_fd()) is not None:
+        if (fd := self.queue.store.wait_fd(news=True)) is not None:
             self._fd = fd
-            self._loop.add_reader(fd, self._committed)
+            self._loop.add_reader(fd, self._heard)
     self._sort_tasks()
     self._pump_task = self._loop.create_task(self._pump())
     self._periodic.start()

@@ -179,4 +179,4 @@ class ModelStore:
         return [e for e in self.log_ if e.id > after and job in (None, e.job)][:limit]
     def last_event(self): return self.event
     def close(self): pass
-    def wait_fd(self): pass
+    def wait_fd(self, news=False): pass
