@@ -378,18 +378,12 @@ def _(t):
 @_promise('wait_fd: with `news`, what brings no work is not told')
 def _(t):
     if (fd := t.store.wait_fd(news=True)) is None: return
-    def heard(seconds):
-        got = bool(select.select([fd], [], [], seconds)[0])
-        if got: os.read(fd, 1<<16)
-        return got
+    def heard(seconds): return bool(select.select([fd], [], [], seconds)[0]) and bool(os.read(fd, 1<<16))
     try:
         for bring in (t.one, lambda: t.store.cancel(t.one().id), lambda: t.store.retry(t.store.cancel(t.one().id).id),
                       lambda: t.store.resume('q'), lambda: t.finish(t.claim()[0], state=State.queued)):
-            bring()
-            yield heard(5), True
-        job, = t.claim()
-        t.store.progress([(job.seq, job.attempt, Progress(1))])
-        t.finish(job)
+            bring(); yield heard(5), True
+        t.finish(t.claim()[0])
         yield heard(0), False
     finally: os.close(fd)
 
