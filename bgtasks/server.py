@@ -6,7 +6,7 @@
 __all__ = ['listen', 'url_of', 'Server']
 
 # %% ../nbs/api/22_server.ipynb #3b016b23
-import errno, json, os, socket, subprocess, sys
+import errno, json, os, signal, socket, subprocess, sys
 from pkgutil import resolve_name
 from threading import Thread
 from time import sleep
@@ -56,6 +56,7 @@ def _lifeline(server, grace):
     "End `server` when the other end of the standard input closes."
     sys.stdin.read()
     server.should_exit = True
+    if os.name=='posix': os.kill(os.getpid(), signal.SIGTERM) # for those in the app who listen for it, as streams do
     sleep(grace)
     os._exit(0)
 
@@ -73,6 +74,7 @@ def _serve():
     answer.close()
     if not server: os._exit(1)
     Thread(target=_lifeline, args=(server, grace), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN) # uvicorn has its own handler, and repeats the signal afterwards
     server.run([sock])
     os._exit(0 if server.started else 1)
 

@@ -1,0 +1,219 @@
+// <job-status src="/jobs/ID" data-state="running">…</job-status> shows a job, and this keeps it as it is on the server.
+//
+// One stream of events serves all the jobs of a page, for a browser has only six lines to a server. While the page is
+// hidden, or where no stream comes through, the jobs are asked for now and then instead. What a job looks like is the
+// server's business: when its state changes, its element is fetched anew.
+
+const unfinished = ['queued', 'running'], states = [...unfinished, 'succeeded', 'dead', 'cancelled']
+const pages = new Map() // what follows the jobs of one prefix, by prefix
+
+class Follower {
+  constructor(base) { this.base = base; this.elements = new Map(); this.lines = '' }
+
+  add(el) {
+    if (!this.elements.has(el.job)) this.elements.set(el.job, new Set())
+    this.elements.get(el.job).add(el)
+    this.soon()
+  }
+
+  remove(el) {
+    const those = this.elements.get(el.job)
+    if (!those?.delete(el)) return
+    if (!those.size) this.elements.delete(el.job)
+    this.soon()
+  }
+
+  all() { return [...this.elements.values()].flatMap(o => [...o]) }
+
+  // elements come and go together: look once, when they have
+  soon() { this.due ??= setTimeout(() => { this.due = undefined; this.follow() }, 20) }
+
+  follow() {
+    const jobs = [...this.elements.keys()].slice(0, 100)
+    const lines = document.hidden || this.broken || !globalThis.EventSource ? '' : jobs.map(o => 'job=' + encodeURIComponent(o)).join('&')
+    if (lines !== this.lines || this.source?.readyState === 2) {
+      this.source?.close()
+      this.source = lines ? this.open(`${this.base}/events?${lines}`) : undefined
+      this.lines = lines
+    }
+    clearTimeout(this.poll)
+    const rest = lines ? this.all().filter(o => !jobs.includes(o.job)) : this.all()
+    if (rest.length) this.poll = setTimeout(() => this.ask(rest), document.hidden ? 5000 : 1500)
+  }
+
+  async ask(those) {
+    await Promise.all(those.map(o => o.refresh()))
+    this.soon()
+  }
+
+  open(url) {
+    const source = new EventSource(url)
+    for (const kind of ['job', 'progress', ...states])
+      source.addEventListener(kind, e => this.hear(kind, JSON.parse(e.data)))
+    source.onopen = () => { this.waits = 1000; this.offline(false) }
+    source.onerror = () => {
+      if (source !== this.source) return
+      this.offline(true)
+      if (source.readyState !== 2) return // it tries again by itself
+      this.broken = true
+      this.waits = Math.min(2 * (this.waits ?? 1000), 30000)
+      setTimeout(() => { this.broken = false; this.soon() }, this.waits)
+      this.soon()
+    }
+    return source
+  }
+
+  offline(yes) { for (const el of this.all()) el.toggleAttribute('data-offline', yes) }
+
+  hear(kind, {job, data}) {
+    for (const el of this.elements.get(job) ?? []) {
+      if (kind === 'progress') el.progress(data)
+      else if (kind !== 'job' || data.state !== el.dataset.state) el.refresh()
+      else if (data.progress) el.progress(data.progress)
+    }
+  }
+}
+
+class JobStatus extends HTMLElement {
+  connectedCallback() {
+    const src = this.getAttribute('src') ?? '', cut = src.lastIndexOf('/')
+    const base = src.slice(0, cut)
+    this.job = decodeURIComponent(src.slice(cut + 1))
+    if (!pages.has(base)) pages.set(base, new Follower(base))
+    this.follower = pages.get(base)
+    this.addEventListener('click', this)
+    this.offer()
+    if (!this.childElementCount) this.refresh() // an empty one, written by hand
+    if (!this.dataset.state || unfinished.includes(this.dataset.state)) this.follower.add(this)
+  }
+
+  disconnectedCallback() { this.follower.remove(this) }
+
+  async handleEvent(event) {
+    const pressed = event.target.closest?.('[data-cancel], [data-notify]')
+    if (!pressed) return
+    pressed.disabled = true
+    if (pressed.matches('[data-notify]')) { await Notification.requestPermission(); document.querySelectorAll('job-status').forEach(o => o.offer()) }
+    else await fetch(this.getAttribute('src'), {method: 'DELETE'}).catch(() => {})
+    await this.refresh()
+    pressed.disabled = false
+  }
+
+  // ask for leave to notify only where that is possible and not yet decided
+  offer() {
+    for (const o of this.querySelectorAll('[data-notify]')) o.hidden = globalThis.Notification?.permission !== 'default'
+  }
+
+  progress({done, total, message}) {
+    const bar = this.querySelector('[role=progressbar]'), text = this.querySelector('[data-part=message]')
+    if (bar) {
+      const share = total ? Math.min(done / total, 1) : undefined
+      if (share === undefined) { bar.removeAttribute('value'); bar.removeAttribute('aria-valuenow') }
+      else { bar.max = total; bar.value = done; bar.setAttribute('aria-valuemax', total); bar.setAttribute('aria-valuenow', done) }
+      const quarter = Math.floor((share ?? 0) * 4)
+      if (quarter > (this.quarter ?? 0) && quarter < 4) this.say(`${this.name}: ${quarter * 25} %`)
+      this.quarter = quarter
+    }
+    if (text) text.textContent = [total ? `${done} / ${total}` : done, message].filter(o => o !== '').join(' · ')
+  }
+
+  get name() { return this.querySelector('[data-part=title]')?.textContent.trim() || this.job }
+
+  say(text) {
+    const place = this.querySelector('[aria-live]')
+    if (place) place.textContent = text
+  }
+
+  // get the element anew; what the page has put into it by itself stays
+  async refresh() {
+    if (this.asking) { this.again = true; return }
+    this.asking = true
+    let html, gone
+    try {
+      const resp = await fetch(this.getAttribute('src'), {headers: {Accept: 'text/html'}, cache: 'no-cache'})
+      gone = resp.status === 404
+      if (resp.ok) html = await resp.text()
+    } catch {}
+    this.asking = false
+    if (gone) this.follower.remove(this)
+    else this.toggleAttribute('data-offline', html === undefined)
+    if (html !== undefined && this.isConnected) this.become(html)
+    if (this.again) { this.again = false; await this.refresh() }
+  }
+
+  become(html) {
+    const page = document.createElement('template')
+    page.innerHTML = html
+    const fresh = page.content.querySelector('job-status')
+    if (!fresh) return
+    const before = this.dataset.state, now = fresh.dataset.state
+    for (const kept of this.querySelectorAll('[data-keep]')) {
+      const place = fresh.querySelector(`[data-keep="${kept.dataset.keep}"]`)
+      place ? place.replaceWith(kept) : fresh.append(kept)
+    }
+    const focus = this.contains(document.activeElement) && document.activeElement
+    this.replaceChildren(...fresh.childNodes)
+    this.dataset.state = now
+    if (focus && this.contains(focus)) focus.focus()
+    this.offer()
+    if (unfinished.includes(now)) { if (before !== now) this.say(this.said); return }
+    this.follower.remove(this)
+    if (before && unfinished.includes(before)) this.ended(now)
+  }
+
+  get said() { return `${this.name}: ${this.querySelector('[data-part=state]')?.textContent.trim()}` }
+
+  ended(state) {
+    const error = this.querySelector('[data-part=error]')?.textContent.trim()
+    toast(this.said, error, state)
+    notify(this.said, error, this.job)
+    this.dispatchEvent(new CustomEvent('job-done', {bubbles: true, detail: {job: this.job, state}}))
+  }
+}
+
+// A note in the corner; one of a failure stays until it is closed.
+function toast(title, text, state) {
+  let place = document.querySelector('.job-toasts')
+  if (!place) {
+    place = document.createElement('div')
+    place.className = 'job-toasts'
+    place.setAttribute('role', 'status')
+    place.setAttribute('aria-live', 'polite')
+    document.body.append(place)
+    document.addEventListener('keydown', e => { if (e.key === 'Escape') place.lastElementChild?.remove() })
+  }
+  const note = document.createElement('div'), head = document.createElement('strong'), close = document.createElement('button')
+  note.className = 'job-toast'
+  note.dataset.state = state
+  head.textContent = title
+  close.type = 'button'
+  close.textContent = '×'
+  close.setAttribute('aria-label', 'Close')
+  close.onclick = () => note.remove()
+  note.append(head, close)
+  if (text) { const p = document.createElement('p'); p.textContent = text; note.append(p) }
+  requestAnimationFrame(() => place.append(note)) // after the place itself, so that it is read out
+  if (state === 'dead') return
+  let timer
+  const leave = () => { timer = setTimeout(() => note.remove(), 8000) }, stay = () => clearTimeout(timer)
+  for (const o of ['mouseenter', 'focusin']) note.addEventListener(o, stay)
+  for (const o of ['mouseleave', 'focusout']) note.addEventListener(o, leave)
+  leave()
+}
+
+// Outside of the page only for those who have allowed it, and are looking elsewhere.
+function notify(title, body, tag) {
+  if (globalThis.Notification?.permission !== 'granted' || document.hasFocus() && !document.hidden) return
+  try { new Notification(title, {body: body ?? '', tag}) } catch {} // some phones want a service worker for it
+}
+
+for (const [where, what] of [[document, 'visibilitychange'], [window, 'pageshow'], [window, 'online']])
+  where.addEventListener(what, () => {
+    for (const o of pages.values()) {
+      if (what !== 'online' && !document.hidden) o.all().forEach(el => el.refresh())
+      o.soon()
+    }
+  })
+window.addEventListener('pagehide', () => pages.forEach(o => { o.source?.close(); o.lines = '' }))
+
+customElements.get('job-status') ?? customElements.define('job-status', JobStatus)

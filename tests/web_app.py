@@ -1,0 +1,102 @@
+"Apps for `test_web.py` and `test_status.py`: tasks that take a step when they are told to, and pages that show them."
+import asyncio
+from types import SimpleNamespace
+
+from fastapi import FastAPI, Request
+from fasthtml.common import FastHTML, Div, Titled, fast_app
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from bgtasks import TaskQueue, progress
+from bgtasks.status import job_status, status_head
+from bgtasks.web import accepted, lifespan, routes
+from fastcore.xml import to_xml
+
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
+
+def queue_at(path):
+    "A queue with the task `steps`, and the semaphore that its jobs take a step by"
+    queue,gate = TaskQueue(path),asyncio.Semaphore(0)
+    @queue.task(name='steps', timeout=60)
+    async def steps(n:int, who:str='ada', fail:str='', text:str='step'):
+        for i in range(n):
+            await gate.acquire()
+            progress(i+1, n, f'{text} {i+1}')
+        if fail: raise ValueError(fail)
+        return f'{n} steps'
+    return queue,gate
+
+def allowed(request, job):
+    "Each visitor sees the jobs that carry the name in `x-user`; `broken` is told why it may not"
+    who = request.headers.get('x-user')
+    if who=='broken': raise HTTPException(401, 'log in first')
+    return job.kwargs.get('who', 'ada')==who
+
+async def allowed_async(request, job): return allowed(request, job)
+
+def page(*inside, head=status_head()):
+    return HTMLResponse(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Jobs</title>'
+                        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+                        f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">{to_xml(head)}'
+                        f'</head><body><main>{"".join(map(to_xml, inside))}</main></body></html>',
+                        headers={'Content-Security-Policy': POLICY})
+
+def handlers(o):
+    "What the tests ask of an app"
+    async def start(request):
+        q = request.query_params
+        given = {k: q[k] for k in ('who', 'fail', 'text') if k in q}
+        return accepted(await o.queue.tasks['steps'].aenqueue(int(q.get('n', 3)), **given), request)
+    async def go(request):
+        for _ in range(int(request.query_params.get('n', 1))): o.gate.release()
+        return Response()
+    async def stats(request):
+        live = o.live
+        return JSONResponse(dict(readers=len(live.readers), dropped=live.dropped,
+                                 feeds=[r.task is not None for r in o.queue.feed._readers.values()]))
+    async def show(request):
+        jobs = [o.queue.get(i) for i in request.query_params.getlist('job')]
+        return page(*(job_status(j, title=f'Job {n}', cancel=True, notify=True) for n,j in enumerate(jobs, 1)))
+    return [Route('/start', start, methods=['POST']), Route('/go', go, methods=['POST']), Route('/stats', stats),
+            Route('/page', show)]
+
+def settings(path, auth=None, **kw):
+    queue,gate = queue_at(path)
+    auth = dict(sync=allowed, later=allowed_async).get(auth, auth)
+    res = SimpleNamespace(queue=queue, gate=gate, routes=routes(queue, auth=auth, **kw))
+    cells = [c.cell_contents for c in res.routes[2].endpoint.__closure__]
+    res.live = next(o.live for o in cells if hasattr(o, 'live')) # for what it counts
+    return res
+
+def starlette(path, wrap=False, **kw):
+    o = settings(path, **kw)
+    async def passing(request, call_next): return await call_next(request)
+    middleware = [Middleware(GZipMiddleware), Middleware(BaseHTTPMiddleware, dispatch=passing)] if wrap else []
+    app = Starlette(routes=[*handlers(o), *o.routes], lifespan=lifespan(o.queue, grace=0), middleware=middleware)
+    app.state.o = o
+    return app
+
+def fastapi(path, **kw):
+    o = settings(path, **kw)
+    app = FastAPI(lifespan=lifespan(o.queue, grace=0))
+    @app.post('/start', status_code=202)
+    async def start(request:Request, n:int=3): return accepted(await o.queue.tasks['steps'].aenqueue(n), request)
+    app.routes.extend([*handlers(o)[1:], *o.routes])
+    app.state.o = o
+    return app
+
+def fasthtml(path, **kw):
+    o = settings(path, **kw)
+    app,rt = fast_app(lifespan=lifespan(o.queue, grace=0), secret_key='-', hdrs=status_head(), default_hdrs=False)
+    @rt('/start', methods='post')
+    async def start(request, n:int=3): return accepted(await o.queue.tasks['steps'].aenqueue(n), request)
+    @rt('/mine')
+    def mine(job:str): return Titled('Mine', job_status(o.queue.get(job)))
+    app.routes.extend([*handlers(o)[1:], *o.routes])
+    app.state.o = o
+    return app
