@@ -27,6 +27,7 @@ class Command:
 
 COMMANDS = dict(
     demo=Command('bgtasks.demo:demo', 'demo', 'Show background tasks at work in a browser, or check them without one.'),
+    move=Command('bgtasks.command:move_jobs', 'worker', 'Hand the waiting jobs of a file to another engine.'),
     worker=Command('bgtasks.command:worker', 'worker', 'Run the jobs of a queue, beside the app or without one.'))
 
 # %% ../nbs/api/56_cli.ipynb #03496c7e

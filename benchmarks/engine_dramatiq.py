@@ -1,0 +1,46 @@
+"""The app that `engines.py` measures on Dramatiq: the same function as an actor, and as a task of bgtasks.
+
+Which broker, and which of the two, the environment says; a worker imports it as any other app."""
+import os, threading, time
+
+import dramatiq
+from dramatiq.results import Results
+from dramatiq.results.backends import RedisBackend
+
+REDIS = os.environ.get('BENCH_REDIS', 'redis://127.0.0.1:6379/8')
+AMQP = os.environ.get('BENCH_AMQP', 'amqp://guest:guest@127.0.0.1:5672/')
+side,kind = os.environ.get('BENCH_SIDE', 'direct'),os.environ.get('BENCH_BROKER', 'redis')
+QUEUE = f'bench_{side}'
+
+def make_broker():
+    if kind=='redis':
+        from dramatiq.brokers.redis import RedisBroker
+        return RedisBroker(url=REDIS)
+    from dramatiq.brokers.rabbitmq import RabbitmqBroker
+    return RabbitmqBroker(url=AMQP, confirm_delivery=True) # bgtasks turns it on: a message that may be lost is no job
+
+class Clock(dramatiq.Middleware):
+    "Tell, by way of Redis, how long the worker took from its first message to the last of so many."
+    def __init__(self): self.n,self.start,self.lock,self.of = 0,None,threading.Lock(),int(os.environ.get('BENCH_N', 0))
+    def before_process_message(self, broker, message):
+        if self.start is None: self.start = time.perf_counter()
+    def after_ack(self, broker, message):
+        with self.lock: self.n += 1
+        if self.n==self.of:
+            RedisBackend(url=REDIS).client.rpush('bench:seconds', time.perf_counter()-self.start)
+
+broker = make_broker()
+dramatiq.set_broker(broker)
+if 'BENCH_N' in os.environ: broker.add_middleware(Clock())
+
+def echo(n:int) -> int: return n
+
+if side=='direct':
+    broker.add_middleware(Results(backend=RedisBackend(url=REDIS), store_results=True))
+    actor = dramatiq.actor(echo, queue_name=QUEUE)
+    send = actor.send
+else:
+    from bgtasks import TaskQueue
+    from bgtasks.backends.dramatiq import DramatiqBackend
+    queue = TaskQueue(DramatiqBackend(broker, REDIS))
+    send = queue.task(echo, queue=QUEUE).enqueue
