@@ -212,12 +212,13 @@ class Engine(Backend):
         return self._recorded('cancel', 'cancel', id, why)
     def retry(self, id:str) -> Job|None:
         "Run a `dead` or `cancelled` job again, with all its tries."
-        if (m := self._recorded('retry', 'retry', id)) is not None:
-            try: self.deliver([m])
-            except Exception:
-                self.records.cancel(id, 'its message could not be sent')
-                raise
-        return self.get(id)
+        m,job = self._recorded('retry', 'retry', id),self.get(id) # as it is before a quick worker begins it
+        if m is None: return job
+        try: self.deliver([m])
+        except Exception:
+            self.records.cancel(id, 'its message could not be sent')
+            raise
+        return job
     def close(self) -> None:
         "Close the connections to the records."
         if self.records: self.records.close()

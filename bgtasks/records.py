@@ -239,7 +239,8 @@ def forget(self:Records,
 def _started(pid):
     "When a process of this machine began, as the kernel counts; `''` if there is none, or no telling."
     try:
-        with open(f'/proc/{pid}/stat') as f: return f.read().rpartition(')')[2].split()[19]
+        with open(f'/proc/{pid}/stat') as f: state,*more = f.read().rpartition(')')[2].split()
+        return '' if state in 'ZX' else more[18] # one that has ended may stay in the list for a while
     except OSError: return ''
 
 def worker_name() -> str:
