@@ -55,7 +55,7 @@ def _take(cx, target, last, limit, name, now):
         if why := _why_not(job, st, target, parents): left[why] += 1; continue
         error = json.encode(Failure('Moving', name))
         cx.execute('UPDATE jobs SET st=?, until=?, error=? WHERE seq=?', (CANCELLED, _never, error, job.seq))
-        note(cx, [(job.seq, 'cancelled', job.attempt, now, error)])
+        note(cx, [(job.seq, 'cancelled', job.attempt, error.decode())], now)
         calls.append(_call(job, payload))
     return calls,last,left
 

@@ -8,8 +8,7 @@ __all__ = ['SQLiteStore']
 # %% ../nbs/api/21_sqlite.ipynb #599bb0f8
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from heapq import merge
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -20,8 +19,8 @@ from .file import SharedFile, boot_id
 from .job import Call, Done, Event, Job, Progress, State
 from .retry import after_crash
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, after_end, as_claimed_job, as_new_job,
-    as_row, await_parents, cancel_jobs, corrupt, ends, forget, held, insert_sql, job_sql, json_in, json_list,
-    keep_progress, note, prolong, queue_again, readable, states, take, up_to_date)
+    as_row, await_parents, cancel_jobs, corrupt, due_rows, end_attempts, ends, forget, held, insert_sql, job_sql,
+    json_in, json_list, keep_progress, note, note_all, prolong, queue_again, readable, states, take, text, up_to_date)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -88,7 +87,7 @@ def _add(self:SQLiteStore, cx, calls):
     self._read_lanes(cx, at)
     lanes = {k: self._lane(cx, k) for k in {(c.task, c.queue) for c in calls}}
     cx.executemany(insert_sql, [as_row(c, n, lanes[c.task, c.queue], now) for n,c in enumerate(calls, seq)])
-    note(cx, [(n, 'queued', 0, now, None) for n in range(seq, seq+len(calls))], event)
+    note_all(cx, 'queued', range(seq, seq+len(calls)), now, event)
     jobs = [as_new_job(c, n, now) for n,c in enumerate(calls, seq)]
     if not (waiting := [j for j in jobs if j.after]): return jobs
     for j in waiting: await_parents(cx, j, now)
@@ -173,23 +172,22 @@ def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|Non
             later += cx.execute(sql, (lane,)).fetchall()
     return min(later)[0] - self.clock() if later else None
 
-_due = f'{job_sql} WHERE j.st=1 AND j.lane=? ORDER BY j.priority DESC, j.seq LIMIT ?'
-
 @patch
 def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     now,lanes = self.clock(),self._open_lanes(cx, tasks, queues)
     for lane in lanes: cx.execute('UPDATE jobs SET st=1 WHERE st=0 AND lane=? AND run_at<=?', (lane, now))
-    found = [cx.execute(_due, (lane, limit)).fetchall() for lane in lanes]
-    rows = found[0] if len(found)==1 else list(islice(merge(*found, key=lambda r: (-r[5], r[-1])), limit))
+    found = [due_rows(cx, lane, limit) for lane in lanes]
+    rows = found[0] if len(found)==1 else sorted(chain(*found), key=lambda r: (-r[5], r[-1]))[:limit]
     if not rows: return []
+    seqs = [r[-1] for r in rows]
     sql = 'UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq ' + json_in
-    cx.execute(sql, (worker, now, self.ticks()+lease, json_list(r[-1] for r in rows)))
+    cx.execute(sql, (worker, now, self.ticks()+lease, json_list(seqs)))
+    note_all(cx, 'running', seqs, now, take(cx, 0, len(seqs))[1])
     jobs,broken = [],[]
     for row in rows:
         try: jobs.append(as_claimed_job(row, worker, now))
         except (ValueError, TypeError) as e:
             broken.append(Done(seq=row[-1], attempt=row[10]+1, state=State.dead, error=corrupt(e)))
-    note(cx, [(j.seq, 'running', j.attempt, now, None) for j in jobs])
     if broken: self._finish(cx, broken)
     return jobs
 
@@ -202,8 +200,7 @@ def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection
 # %% ../nbs/api/21_sqlite.ipynb #cf43e789
 class _Late(Exception): "Some attempt has ended already, or was taken over."
 
-_end = 'UPDATE jobs SET st=?, finished_at=?, until=?+keep, value=?, error=? WHERE seq=? AND attempt=? AND st=2'
-_again = ('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(?,error), until=NULL '
+_again = ('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(CAST(? AS BLOB),error), until=NULL '
           'WHERE seq=? AND attempt=? AND st=2')
 
 @patch
@@ -212,17 +209,17 @@ def _finish(self:SQLiteStore, cx, done):
     before,now = cx.total_changes(),self.clock()
     ended,again,facts = [],[],[]
     for d in done:
-        error = None if d.error is None else json.encode(d.error)
-        facts.append((d.seq, d.state.value, d.attempt, now, error))
+        error = None if d.error is None else text(d.error)
+        facts.append((d.seq, d.state.value, d.attempt, error))
         if d.state is State.queued:
             run_at = now if d.run_at is None else d.run_at
             again.append((LATER if run_at > now else DUE, run_at, not d.counts, error, d.seq, d.attempt))
-        else: ended.append((ends[d.state], now, now, d.value, error, d.seq, d.attempt))
-    cx.executemany(_end, ended)
+        else: ended.append((d.seq, d.attempt, ends[d.state], None if d.value is None else d.value.decode(), error))
+    end_attempts(cx, ended, now)
     cx.executemany(_again, again)
     if cx.total_changes()-before != len(done): raise _Late # somebody else has ended or taken one of them
-    note(cx, facts)
-    freed = after_end(cx, [e[-2] for e in ended if e[0]==SUCCEEDED], [e[-2] for e in ended if e[0] != SUCCEEDED], now)
+    note(cx, facts, now)
+    freed = after_end(cx, [e[0] for e in ended if e[2]==SUCCEEDED], [e[0] for e in ended if e[2] != SUCCEEDED], now)
     self.file.news = self.file.news or freed or bool(again)
     return [True]*len(done)
 
@@ -348,9 +345,8 @@ def progress(self:SQLiteStore, reports:Sequence[tuple[int, int, Progress]]):
 @patch
 def log(self:SQLiteStore, lines:Sequence[tuple[int, int, str, str]]):
     "Keep log lines with their jobs."
-    now = self.clock()
-    facts = [(s, 'log', a, now, json.encode({'level':level, 'text':text})) for s,a,level,text in lines]
-    if facts: self._write(note, facts)
+    facts = [(s, 'log', a, text({'level':level, 'text':line})) for s,a,level,line in lines]
+    if facts: self._write(note, facts, self.clock())
 
 @patch
 def events(self:SQLiteStore, after:int=0, *, job:str|None=None, limit:int=1000) -> list[Event]:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'app_id', 'schemas',
-           'json_in', 'job_sql', 'insert_sql', 'up_to_date', 'json_list', 'as_job', 'as_claimed_job', 'corrupt',
-           'readable', 'as_row', 'as_new_job', 'take', 'note', 'held', 'prolong', 'keep_progress', 'cancel_jobs',
-           'after_end', 'await_parents', 'queue_again', 'forget']
+           'json_in', 'job_sql', 'insert_sql', 'up_to_date', 'text', 'json_list', 'as_job', 'as_claimed_job', 'corrupt',
+           'readable', 'as_row', 'as_new_job', 'take', 'note', 'note_all', 'held', 'due_rows', 'end_attempts',
+           'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'queue_again', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from msgspec import json
@@ -71,16 +71,23 @@ def up_to_date(
         cx.execute('UPDATE counter SET boot=?', (boot,))
 
 # %% ../nbs/api/14_tables.ipynb #a1b1c126
+def text(
+    value:Any # What JSON can hold
+) -> str:
+    "Write `value` as a JSON text."
+    return json.encode(value).decode()
+
 def json_list(
-    values:Iterable # Numbers or strings
-) -> str: # For `IN (SELECT value FROM json_each(?))`
+    values:Iterable # Numbers, strings, or rows of them
+) -> str: # For `FROM json_each(?)`
     "Write `values` as a JSON list."
-    return json.encode(list(values)).decode()
+    return text(list(values))
 
 json_in = 'IN (SELECT value FROM json_each(?))'
-job_sql = """SELECT j.id, l.task, l.queue, j.payload, j.st, j.priority, j.run_at, j.created_at, j.started_at,
-j.finished_at, j.attempt, j.lost, j.crashes, j.retries, j.timeout, j.key, j.after, j.keep, j.value, j.error, j.progress,
-j.worker, j.seq FROM jobs j JOIN lanes l USING(lane) """
+_columns = """j.id, l.task, l.queue, j.payload, j.st, j.priority, j.run_at, j.created_at, j.started_at, j.finished_at,
+j.attempt, j.lost, j.crashes, j.retries, j.timeout, j.key, j.after, j.keep, j.value, j.error, j.progress, j.worker,
+j.seq"""
+job_sql = f'SELECT {_columns} FROM jobs j JOIN lanes l USING(lane) '
 
 # %% ../nbs/api/14_tables.ipynb #49de3766
 _call,_error,_progress = json.Decoder(tuple[list, dict]),json.Decoder(Failure),json.Decoder(Progress)
@@ -163,16 +170,29 @@ def take(
     seq,event,lanes = cx.execute(sql, (jobs, events)).fetchall()[0]
     return seq-jobs+1, event-events+1, lanes
 
+_facts = """INSERT INTO events(id,seq,kind,attempt,at,data)
+SELECT ?+key, value->>0, value->>1, value->>2, ?, CAST(value->>3 AS BLOB) FROM json_each(?)"""
+
 def note(
     cx:Any,             # A connection in a transaction
-    facts:list[tuple],  # Each: seq of the job, kind, attempt, seconds since 1970, data as JSON
-    first:int|None=None # From `take`, if the caller has taken places already
+    facts:list[tuple],  # Each: seq of the job, kind, attempt, data as a JSON text
+    now:float           # Seconds since 1970
 ):
     "Write events."
-    if not facts: return
-    if first is None: first = take(cx, 0, len(facts))[1]
-    cx.executemany('INSERT INTO events(id,seq,kind,attempt,at,data) VALUES(?,?,?,?,?,?)',
-                   [(i, *f) for i,f in enumerate(facts, first)])
+    if facts: cx.execute(_facts, (take(cx, 0, len(facts))[1], now, json_list(facts)))
+
+_same = """INSERT INTO events(id,seq,kind,attempt,at) SELECT ?+n.key, j.seq, ?, j.attempt, ?
+FROM json_each(?) n CROSS JOIN jobs j ON j.seq=n.value"""
+
+def note_all(
+    cx:Any,             # A connection in a transaction
+    kind:str,           # What has happened to all of them
+    seqs:Sequence[int], # The jobs
+    now:float,          # Seconds since 1970
+    first:int           # From `take`
+):
+    "Write the same event of many jobs."
+    cx.execute(_same, (first, kind, now, json_list(seqs)))
 
 def held(
     cx:Any,                             # A connection in a transaction
@@ -185,6 +205,35 @@ def held(
     rows = cx.execute(sql, (json_list(s for s,_ in pairs),))
     return {(s, a) for s,a,w in rows.fetchall() if worker is None or w==worker}.intersection(pairs)
 
+# %% ../nbs/api/14_tables.ipynb #b0b3ae9b
+_due = 'WHERE j.st=1 AND j.lane=? ORDER BY j.priority DESC, j.seq LIMIT ?'
+_as_text = _columns
+for name in ('payload', 'after', 'value', 'error', 'progress'):
+    _as_text = _as_text.replace(f'j.{name},', f'CAST(j.{name} AS TEXT),')
+_due_at_once = f"""SELECT json_group_array(json_array({_as_text})) FROM
+(SELECT * FROM jobs j {_due}) j CROSS JOIN lanes l ON l.lane=j.lane"""
+
+def due_rows(
+    cx:Any,     # A connection
+    lane:int,   # The lane
+    limit:int   # How many at most
+) -> list: # As `job_sql` selects them, in the order in which they are to run
+    "Read what is due in a lane."
+    try: return json.decode(cx.execute(_due_at_once, (lane, limit)).fetchall()[0][0])
+    except Exception: return cx.execute(job_sql + _due, (lane, limit)).fetchall()
+
+_ended = """UPDATE jobs SET st=d.st, finished_at=?1, until=?1+keep, value=CAST(d.value AS BLOB),
+error=CAST(d.error AS BLOB) FROM (SELECT value->>0 seq, value->>1 attempt, value->>2 st, value->>3 value, value->>4 error FROM json_each(?2)) d
+WHERE jobs.seq=d.seq AND jobs.attempt=d.attempt AND jobs.st=2"""
+
+def end_attempts(
+    cx:Any,             # A connection in a transaction
+    rows:list[tuple],   # Each: seq, attempt, the state by its number, result and error as JSON texts
+    now:float           # Seconds since 1970
+):
+    "Write how jobs have ended, those that still run this attempt; the caller compares the number of changes."
+    if rows: cx.execute(_ended, (now, json_list(rows)))
+
 # %% ../nbs/api/14_tables.ipynb #163f74ef
 def prolong(
     cx:Any,                         # A connection in a transaction
@@ -194,7 +243,7 @@ def prolong(
 ) -> list[tuple[int, int]]: # Those that it no longer holds
     "Prolong leases."
     ours = held(cx, pairs, worker)
-    cx.executemany('UPDATE jobs SET until=? WHERE seq=?', [(until, s) for s,_ in ours])
+    cx.execute(f'UPDATE jobs SET until=? WHERE seq {json_in}', (until, json_list(s for s,_ in ours)))
     return [p for p in pairs if p not in ours]
 
 def keep_progress(
@@ -204,9 +253,9 @@ def keep_progress(
 ):
     "Write the progress of running attempts and log it."
     running = held(cx, [(s, a) for s,a,_ in reports])
-    rows = [(json.encode(p), s, a) for s,a,p in reports if (s, a) in running]
-    cx.executemany('UPDATE jobs SET progress=? WHERE seq=?', [(p, s) for p,s,_ in rows])
-    note(cx, [(s, 'progress', a, now, p) for p,s,a in rows])
+    rows = [(text(p), s, a) for s,a,p in reports if (s, a) in running]
+    cx.executemany('UPDATE jobs SET progress=CAST(? AS BLOB) WHERE seq=?', [(p, s) for p,s,_ in rows])
+    note(cx, [(s, 'progress', a, p) for p,s,a in rows], now)
 
 # %% ../nbs/api/14_tables.ipynb #1625de13
 _lost = 'it was to run after job {}, which did not succeed'
@@ -224,11 +273,11 @@ def cancel_jobs(
 ):
     "Cancel unfinished jobs, and whatever waits for them."
     while why:
-        errors = {s: json.encode(Failure('Cancelled', w)) for s,w in why.items()}
+        errors = {s: text(Failure('Cancelled', w)) for s,w in why.items()}
         told = cx.execute(f'SELECT seq,id,attempt FROM jobs WHERE st<4 AND seq {json_in}', (json_list(why),)).fetchall()
-        cx.executemany('UPDATE jobs SET st=6, finished_at=?, until=?+keep, error=? WHERE seq=?',
+        cx.executemany('UPDATE jobs SET st=6, finished_at=?, until=?+keep, error=CAST(? AS BLOB) WHERE seq=?',
                        [(now, now, errors[s], s) for s,_,_ in told])
-        note(cx, [(s, 'cancelled', a, now, errors[s]) for s,_,a in told])
+        note(cx, [(s, 'cancelled', a, errors[s]) for s,_,a in told], now)
         names = {s:i for s,i,_ in told}
         why = {c: _lost.format(names[p]) for p,c in _children(cx, list(names))}
 
@@ -281,7 +330,7 @@ def queue_again(
         sql = ('UPDATE jobs SET st=?, waits=?, run_at=iif(?,run_at,?), lost=attempt, crashes=0, finished_at=NULL, '
                'until=NULL, error=NULL WHERE seq=? RETURNING attempt')
         attempt = cx.execute(sql, (st, waits, waits, now, seq)).fetchall()[0][0]
-        note(cx, [(seq, 'queued', attempt, now, None)])
+        note(cx, [(seq, 'queued', attempt, None)], now)
         return seq
     cx.execute('DELETE FROM deps WHERE child=?', (seq,))
     line = [put(seq, DUE, 0)]
