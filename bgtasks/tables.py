@@ -223,7 +223,8 @@ def due_rows(
     except Exception: return cx.execute(job_sql + _due, (lane, limit)).fetchall()
 
 _ended = """UPDATE jobs SET st=d.st, finished_at=?1, until=?1+keep, value=CAST(d.value AS BLOB),
-error=CAST(d.error AS BLOB) FROM (SELECT value->>0 seq, value->>1 attempt, value->>2 st, value->>3 value, value->>4 error FROM json_each(?2)) d
+error=CAST(d.error AS BLOB) FROM (SELECT value->>0 seq, value->>1 attempt, value->>2 st, value->>3 value,
+  value->>4 error FROM json_each(?2)) d
 WHERE jobs.seq=d.seq AND jobs.attempt=d.attempt AND jobs.st=2"""
 
 def end_attempts(
