@@ -1,4 +1,4 @@
-"The app of the tests on Dramatiq: a worker (`dramatiq dramatiq_app`) and the test import it; the environment says where."
+"The app of the tests on Dramatiq; a worker (`dramatiq dramatiq_app`) and the test import it"
 import os, time
 
 import dramatiq
