@@ -60,6 +60,7 @@ def _refuse(place, queue):
 def _serve(place, options):
     "What a worker process does."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.setswitchinterval(.001)
     _say_more()
     try: asyncio.run(Worker(find_queue(place), **options).run())
     except KeyboardInterrupt: pass
