@@ -154,7 +154,8 @@ def percentiles(name, p50, p99, bare=()):
     ms,theirs = sorted(1000*s for s in started),sorted(1000*s for s in bare); started.clear()
     for at,bound in ((.5, p50), (.99, p99)):
         mine = ms[int(len(ms)*at)]
-        yield row(f'{name}, p{100*at:g}', mine, 'ms', at_most=bound, ratio=mine/theirs[int(len(theirs)*at)] if bare else None)
+        ratio = mine/theirs[int(len(theirs)*at)] if bare else None
+        yield row(f'{name}, p{100*at:g}', mine, 'ms', at_most=bound, ratio=ratio)
 
 async def bare_gaps(durability, n):
     "The least that it takes to record a job, claim it and start it: two commits in a thread, one hop for each"
