@@ -8,7 +8,7 @@ const unfinished = ['queued', 'running'], states = [...unfinished, 'succeeded', 
 const pages = new Map() // what follows the jobs of one prefix, by prefix
 
 class Follower {
-  constructor(base) { this.base = base; this.elements = new Map(); this.lines = '' }
+  constructor(base) { this.base = base; this.elements = new Map(); this.line = new Set() }
 
   add(el) {
     if (!this.elements.has(el.job)) this.elements.set(el.job, new Set())
@@ -29,25 +29,24 @@ class Follower {
   soon() { this.due ??= setTimeout(() => { this.due = undefined; this.follow() }, 20) }
 
   follow() {
-    const jobs = [...this.elements.keys()].slice(0, 100)
-    const lines = document.hidden || this.broken || !globalThis.EventSource ? '' : jobs.map(o => 'job=' + encodeURIComponent(o)).join('&')
-    if (lines !== this.lines || this.source?.readyState === 2) {
-      this.source?.close()
-      this.source = lines ? this.open(`${this.base}/events?${lines}`) : undefined
-      this.lines = lines
-    }
+    const jobs = [...this.elements.keys()].slice(0, 100), live = !document.hidden && !this.broken && globalThis.EventSource
+    if (!live || !jobs.length) this.close()
+    else if (this.source?.readyState === 2 || !jobs.every(o => this.line.has(o))) this.open(jobs)
     clearTimeout(this.poll)
-    const rest = lines ? this.all().filter(o => !jobs.includes(o.job)) : this.all()
+    const rest = this.all().filter(o => !this.line.has(o.job))
     if (rest.length) this.poll = setTimeout(() => this.ask(rest), document.hidden ? 5000 : 1500)
   }
+
+  close() { this.source?.close(); this.source = undefined; this.line = new Set() }
 
   async ask(those) {
     await Promise.all(those.map(o => o.refresh()))
     this.soon()
   }
 
-  open(url) {
-    const source = new EventSource(url)
+  open(jobs) {
+    this.close()
+    const source = new EventSource(`${this.base}/events?${jobs.map(o => 'job=' + encodeURIComponent(o)).join('&')}`)
     for (const kind of ['job', 'progress', ...states])
       source.addEventListener(kind, e => this.hear(kind, JSON.parse(e.data)))
     source.onopen = () => { this.waits = 1000; this.offline(false) }
@@ -60,7 +59,8 @@ class Follower {
       setTimeout(() => { this.broken = false; this.soon() }, this.waits)
       this.soon()
     }
-    return source
+    this.source = source
+    this.line = new Set(jobs)
   }
 
   offline(yes) { for (const el of this.all()) el.toggleAttribute('data-offline', yes) }
@@ -154,6 +154,7 @@ class JobStatus extends HTMLElement {
     const focus = this.contains(document.activeElement) && document.activeElement
     this.replaceChildren(...fresh.childNodes)
     this.dataset.state = now
+    this.querySelector('[role=progressbar]')?.setAttribute('aria-label', this.name)
     if (focus && this.contains(focus)) focus.focus()
     this.offer()
     if (unfinished.includes(now)) { if (before !== now) this.say(this.said); return }
@@ -192,12 +193,17 @@ function toast(title, text, state) {
   close.onclick = () => note.remove()
   note.append(head, close)
   if (text) { const p = document.createElement('p'); p.textContent = text; note.append(p) }
-  requestAnimationFrame(() => place.append(note)) // after the place itself, so that it is read out
+  setTimeout(() => { // after the place itself, so that it is read out
+    place.append(note)
+    const old = [...place.children].slice(0, -4)
+    for (const o of old) if (o.dataset.state !== 'dead' || old.length > 8) o.remove()
+  }, 50)
   if (state === 'dead') return
-  let timer
-  const leave = () => { timer = setTimeout(() => note.remove(), 8000) }, stay = () => clearTimeout(timer)
+  let timer // its time runs while somebody could see it, and isn't just reading it
+  const stay = () => clearTimeout(timer), leave = () => { stay(); if (!document.hidden) timer = setTimeout(() => note.remove(), 8000) }
   for (const o of ['mouseenter', 'focusin']) note.addEventListener(o, stay)
   for (const o of ['mouseleave', 'focusout']) note.addEventListener(o, leave)
+  document.addEventListener('visibilitychange', leave)
   leave()
 }
 
@@ -214,6 +220,6 @@ for (const [where, what] of [[document, 'visibilitychange'], [window, 'pageshow'
       o.soon()
     }
   })
-window.addEventListener('pagehide', () => pages.forEach(o => { o.source?.close(); o.lines = '' }))
+window.addEventListener('pagehide', () => pages.forEach(o => o.close()))
 
 customElements.get('job-status') ?? customElements.define('job-status', JobStatus)

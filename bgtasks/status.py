@@ -22,10 +22,14 @@ def _title(job):
     "Make a title of the name of a task: `app.resize_photo` is _Resize photo_."
     return job.task.rpartition('.')[2].strip('_').replace('_', ' ').capitalize() or job.task
 
+def _n(v):
+    "Write a number as people do: 3, and not 3.0."
+    return f'{int(v)}' if v==int(v) else f'{v:.2f}'
+
 def _bar(job, title):
     p = job.progress
     full = job.state is State.succeeded
-    kw = dict(value=1, max=1) if full else dict(value=p.done, max=p.total) if p and p.total else {}
+    kw = dict(value=1, max=1) if full else dict(value=_n(p.done), max=_n(p.total)) if p and p.total else {}
     if not kw and job.state not in (State.queued, State.running): return None
     aria = {'aria-valuemin':0, 'aria-valuemax':kw['max'], 'aria-valuenow':kw['value']} if kw else {}
     return ft('progress', role='progressbar', **{'aria-label':title}, **aria, **kw)
@@ -33,7 +37,7 @@ def _bar(job, title):
 def _far(p):
     "Say how far a progress `p` has come."
     if not p: return ''
-    return ' · '.join(o for o in (f'{p.done:g} / {p.total:g}' if p.total else f'{p.done:g}', p.message) if o)
+    return ' · '.join(o for o in (f'{_n(p.done)} / {_n(p.total)}' if p.total else _n(p.done), p.message) if o)
 
 def _result(job):
     if job.state is not State.succeeded or job.result is None: return None

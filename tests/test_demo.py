@@ -5,6 +5,8 @@ from pathlib import Path
 import httpx2, pytest
 from bs4 import BeautifulSoup
 
+from browser import browser, needs_browser, shoot
+
 ROOT = Path(__file__).parents[1]
 BGTASKS = [sys.executable, '-c', 'from bgtasks.cli import main; main()']
 HERE = 'http://127.0.0.1'
@@ -187,35 +189,7 @@ def test_data_that_is_no_database_is_told(tmp_path):
 
 # The page in a browser
 
-CHROMIUM,DRIVER = shutil.which('chromium'),shutil.which('chromedriver')
-FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-         '--disable-background-networking', '--disable-component-update', '--disable-sync']
-NO_BROWSER = 'needs chromium and chromedriver (Debian: chromium, chromium-driver)'
-
-@pytest.fixture
-def browser(tmp_path):
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for o in (*FLAGS, f'--user-data-dir={tmp_path/"profile"}'): options.add_argument(o)
-    res = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield res
-    res.quit()
-
-def shoot(browser, name):
-    "Save the page as it is, wide and narrow, light and dark"
-    folder = Path(os.environ.get('BGTASKS_ARTIFACTS') or ROOT/'screenshots')
-    folder.mkdir(parents=True, exist_ok=True)
-    for size,width in (('wide', 1280), ('narrow', 390)):
-        for scheme in ('light', 'dark'):
-            metrics = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
-            browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', metrics)
-            media = dict(features=[dict(name='prefers-color-scheme', value=scheme)])
-            browser.execute_cdp_cmd('Emulation.setEmulatedMedia', media)
-            browser.save_screenshot(str(folder/f'demo-{name}-{size}-{scheme}.png'))
-            assert browser.execute_script('return document.documentElement.scrollWidth') <= width
-
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=NO_BROWSER)
+@needs_browser
 def test_the_page_in_a_browser(browser, tmp_path, signs):
     find = lambda css: browser.find_elements('css selector', css)
     text = lambda css: ' '.join(o.text for o in find(css))
@@ -228,7 +202,7 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
     with Demo(tmp_path, '--port', 0, '--service-port', 0) as demo:
         browser.get(demo.url)
         assert browser.title=='Background tasks at work' and not find('.card')
-        shoot(browser, 'new')
+        shoot(browser, 'demo-new')
         # two presses are answered while the service thinks about the first one, and the file is on its way beside them
         for n in (1, 2):
             find('form[action="/calls"] button')[0].click()
@@ -236,7 +210,7 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
         upload(signs)
         assert soon(lambda: find('#process_upload .card.running progress[value]:not([value="0"])'))
         assert 'answered in' in text('form[action="/calls"] output') and len(find('#call_service .card.running'))==2
-        shoot(browser, 'working')
+        shoot(browser, 'demo-working')
         # both ends are reached without another press, and then nothing is asked any more
         assert soon(lambda: len(find('#call_service .succeeded'))==2 and find('#process_upload .succeeded'), 40)
         assert all(len(o.find_elements('css selector', 'time'))==2 for o in find('#call_service .card'))
@@ -254,7 +228,7 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
         find('form[action="/calls"] button')[0].click()
         assert soon(lambda: 'Failed, attempt 3 of 3' in text('#call_service'))
         assert 'ConnectionError' in text('#call_service')
-        shoot(browser, 'done')
+        shoot(browser, 'demo-done')
         # all it loaded came from the demo itself
         loaded = browser.execute_script("return performance.getEntriesByType('resource').map(o => o.name)")
         assert {o.rpartition('/')[2] for o in loaded} >= {'demo.js', 'demo.css'}

@@ -3,7 +3,7 @@ import asyncio
 from types import SimpleNamespace
 
 from fastapi import FastAPI, Request
-from fasthtml.common import FastHTML, Div, Titled, fast_app
+from fasthtml.common import Titled, fast_app
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -57,7 +57,7 @@ def handlers(o):
         return Response()
     async def stats(request):
         live = o.live
-        return JSONResponse(dict(readers=len(live.readers), dropped=live.dropped,
+        return JSONResponse(dict(readers=len(live.readers), dropped=live.dropped, shown=o.shown[-1:],
                                  feeds=[r.task is not None for r in o.queue.feed._readers.values()]))
     async def show(request):
         jobs = [o.queue.get(i) for i in request.query_params.getlist('job')]
@@ -68,13 +68,18 @@ def handlers(o):
 def settings(path, auth=None, **kw):
     queue,gate = queue_at(path)
     auth = dict(sync=allowed, later=allowed_async).get(auth, auth)
-    res = SimpleNamespace(queue=queue, gate=gate, routes=routes(queue, auth=auth, **kw))
+    res = SimpleNamespace(queue=queue, gate=gate, shown=[])
+    def card(job, **kw):
+        res.shown.append(job.state)
+        return job_status(job, **kw)
+    res.routes = routes(queue, auth=auth, card=card, **kw)
     cells = [c.cell_contents for c in res.routes[2].endpoint.__closure__]
     res.live = next(o.live for o in cells if hasattr(o, 'live')) # for what it counts
     return res
 
-def starlette(path, wrap=False, **kw):
+def starlette(path, wrap=False, deaf=False, **kw):
     o = settings(path, **kw)
+    if deaf: o.routes.insert(0, Route('/jobs/events', lambda request: Response(status_code=503)))
     async def passing(request, call_next): return await call_next(request)
     middleware = [Middleware(GZipMiddleware), Middleware(BaseHTTPMiddleware, dispatch=passing)] if wrap else []
     app = Starlette(routes=[*handlers(o), *o.routes], lifespan=lifespan(o.queue, grace=0), middleware=middleware)

@@ -1,0 +1,182 @@
+"`job_status` in a real browser: live, over a poor line, through a crash, with the keyboard, and for those who can't see."
+import os, signal
+
+import httpx2, pytest
+from selenium.webdriver import ActionChains, Keys
+
+import web_app
+from bgtasks.server import Server
+from browser import browser, needs_browser, shoot
+from test_web import go, serving, soon, start
+
+pytestmark = needs_browser
+
+class Page:
+    "What is on the page"
+    def __init__(self, browser, client, *jobs):
+        self.browser,self.client,self.jobs = browser,client,[o.rpartition('/')[2] for o in jobs]
+        browser.get(str(client.base_url.join('/page?'+'&'.join(f'job={o}' for o in self.jobs))))
+
+    def find(self, css): return self.browser.find_elements('css selector', css)
+    def run(self, js, *args): return self.browser.execute_script(js, *args)
+    def text(self, css):
+        texts = self.run('return [...document.querySelectorAll(arguments[0])].filter(o => o.checkVisibility())'
+                         '.map(o => o.innerText)', css)
+        return ' '.join(' '.join(texts).split())
+    def states(self): return self.run('return [...document.querySelectorAll("job-status")].map(o => o.dataset.state)')
+    def bar(self): return self.run('const o = document.querySelector("progress"); return [o.value, o.max, o.ariaValueNow]')
+    def said(self): return self.run('return document.querySelector("job-status [aria-live]").textContent')
+    def streams(self):
+        return self.run('return performance.getEntriesByType("resource").map(o => o.name).filter(o => o.includes("/events"))')
+    def complaints(self): return [o for o in self.browser.get_log('browser') if 'Content Security' in o['message']]
+
+@pytest.fixture
+def client(tmp_path):
+    with serving(web_app.starlette(tmp_path/'q.db')) as client: yield client
+
+def test_a_job_from_start_to_end(browser, client):
+    url = start(client, n=4)
+    page = Page(browser, client, url)
+    assert soon(lambda: page.states()==['running'])
+    shoot(browser, 'status-begun')
+    go(client, 2)
+    # the bar moves by itself, for the eye and for the ear, and no page was loaded again
+    assert soon(lambda: page.bar()[:2]==[2, 4])
+    assert page.bar()[2]=='2' and page.text('[data-part=message]')=='2 / 4 · step 2'
+    assert page.said()=='Job 1: 50 %' and not page.find('.job-toast')
+    # who loads the page again in the middle sees the same
+    browser.refresh()
+    assert page.bar()==[2, 4, '2'] and page.text('[data-part=state]')=='Working'
+    shoot(browser, 'status-half')
+    go(client, 3)
+    assert soon(lambda: page.find('.job-toast'))
+    assert page.text('.job-toast strong')=='Job 1: Done' and page.states()==['succeeded']
+    assert page.bar()==[1, 1, '1'] and page.text('[data-part=result]')=='4 steps'
+    assert page.text('[data-part=title]')=='Job 1' and not page.find('[data-keep=buttons] button:not([hidden])')[0].is_displayed()
+    shoot(browser, 'status-done')
+    assert soon(lambda: client.get('/stats').json()['readers']==0) # nothing is followed any more
+    # a page that is loaded after the end has nothing to announce
+    browser.refresh()
+    assert page.states()==['succeeded'] and not page.find('.job-toast') and not page.streams()
+    assert page.complaints()==[]
+
+def test_many_jobs_are_followed_over_one_line(browser, client):
+    jobs = [start(client, n=1) for _ in range(12)] + [start(client, n=0, fail='no such row')]
+    page = Page(browser, client, *jobs)
+    assert soon(lambda: page.states()==['running']*12+['dead'])
+    assert soon(lambda: client.get('/stats').json()['readers']==1)
+    go(client, 12)
+    assert soon(lambda: page.states()==['succeeded']*12+['dead'])
+    assert page.text('[data-part=error]')=='ValueError: no such row'
+    assert soon(lambda: len(page.find('.job-toast'))==4) # not a wall of them
+    assert soon(lambda: client.get('/stats').json()['readers']==0) and len(page.streams())==1
+    shoot(browser, 'status-many')
+
+def test_failures_stay_in_the_corner_until_they_are_closed(browser, client):
+    page = Page(browser, client, *(start(client, n=1, fail=f'no <b>{o}</b>') for o in ('bread', 'butter')))
+    assert soon(lambda: page.states()==['running']*2)
+    go(client, 2)
+    assert soon(lambda: len(page.find('.job-toast[data-state=dead]'))==2)
+    assert 'ValueError: no <b>bread</b>' in page.text('.job-toasts') and not page.find('.job-toast b')
+    shoot(browser, 'status-failed')
+    # one by the keyboard, the other by Escape
+    page.find('.job-toast button')[0].send_keys(Keys.ENTER)
+    assert soon(lambda: len(page.find('.job-toast'))==1)
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert soon(lambda: not page.find('.job-toast'))
+
+def test_cancel_with_the_keyboard(browser, client):
+    page = Page(browser, client, url := start(client))
+    assert soon(lambda: page.states()==['running'])
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.switch_to.active_element.text=='Cancel'
+    ActionChains(browser).send_keys(Keys.ENTER).perform()
+    assert soon(lambda: page.states()==['cancelled']) and client.get(url).json()['state']=='cancelled'
+    assert soon(lambda: page.text('.job-toast strong')=='Job 1: Cancelled')
+
+def test_where_no_stream_comes_through_the_jobs_are_asked_for(browser, tmp_path):
+    with serving(web_app.starlette(tmp_path/'q.db', deaf=True)) as client:
+        page = Page(browser, client, start(client, n=2))
+        go(client)
+        assert soon(lambda: page.bar()[0]==1)
+        go(client)
+        assert soon(lambda: page.text('.job-toast strong')=='Job 1: Done') and page.states()==['succeeded']
+
+def test_a_page_outlives_a_crash_of_the_server(browser, tmp_path):
+    server = Server('web_app:starlette', path=str(tmp_path/'q.db')).start()
+    port = int(server.url.rpartition(':')[2])
+    try:
+        with httpx2.Client(base_url=server.url) as client:
+            page = Page(browser, client, start(client, n=2))
+            go(client)
+            assert soon(lambda: page.bar()[0]==1)
+            os.kill(server.pid, signal.SIGKILL)
+            server.stop()
+            assert soon(lambda: 'No connection' in page.text('[data-part=offline]'))
+            shoot(browser, 'status-offline')
+            server = Server('web_app:starlette', path=str(tmp_path/'q.db'), port=port).start()
+            assert server.url==str(client.base_url).rstrip('/')
+            assert soon(lambda: not page.text('[data-part=offline]') and page.states()==['running'])
+            go(client, 2)
+            assert soon(lambda: page.states()==['succeeded'] and page.find('.job-toast'))
+    finally: server.stop()
+
+def test_an_element_may_come_and_go_at_any_time(browser, client):
+    a,b = start(client, n=1),start(client, n=1)
+    page = Page(browser, client)
+    page.run(f'document.querySelector("main").innerHTML = \'<job-status src="{a}"></job-status>\'') # as HTMX would
+    assert soon(lambda: page.states()==['running']) and page.text('[data-part=title]')=='Steps'
+    page.run(f'document.querySelector("main").insertAdjacentHTML("beforeend", \'<job-status src="{b}"></job-status>\')')
+    assert soon(lambda: page.states()==['running']*2)
+    page.run('document.querySelector("job-status").remove()')
+    page.run('addEventListener("job-done", e => { window.heard = [e.detail.job, e.detail.state] })')
+    go(client, 2)
+    assert soon(lambda: page.states()==['succeeded'])
+    assert page.run('return window.heard')==[b.rpartition('/')[2], 'succeeded'] and soon(lambda: len(page.find('.job-toast'))==1)
+    page.run('document.querySelector("job-status").outerHTML = ""')
+    assert soon(lambda: client.get('/stats').json()['readers']==0)
+
+NOTES = """window.notes = []
+class Note { constructor(title, o) { notes.push([title, o.body, o.tag]) }
+  static permission = 'default'
+  static async requestPermission() { Note.permission = 'granted' } }
+window.Notification = Note"""
+
+def test_who_looks_elsewhere_is_called_if_that_was_allowed(browser, client):
+    "The browser's own window for it can't be seen here; what is called is"
+    browser.execute_cdp_cmd('Page.addScriptToEvaluateOnNewDocument', dict(source=NOTES))
+    url = start(client, n=1)
+    page = Page(browser, client, url)
+    assert soon(lambda: page.find('[data-notify]:not([hidden])'))
+    page.find('[data-notify]')[0].click()
+    assert soon(lambda: not page.find('[data-notify]:not([hidden])'))
+    here = browser.current_window_handle
+    browser.switch_to.new_window('tab')
+    assert soon(lambda: client.get('/stats').json()['readers']==0) # a hidden page holds no line
+    go(client)
+    assert soon(lambda: client.get('/stats').json()['shown']==['succeeded']) # it has asked by itself
+    browser.switch_to.window(here)
+    assert page.states()==['succeeded'] and page.run('return notes')==[['Job 1: Done', '', url.rpartition('/')[2]]]
+
+def test_for_eyes_and_ears(browser, client):
+    page = Page(browser, client, start(client, n=4))
+    go(client)
+    assert soon(lambda: page.said()=='Job 1: 25 %')
+    tree = browser.execute_cdp_cmd('Accessibility.getFullAXTree', {})['nodes']
+    by_role = {}
+    for o in tree: by_role.setdefault(o.get('role', {}).get('value'), []).append(o.get('name', {}).get('value', ''))
+    assert by_role['progressbar']==['Job 1'] and 'Cancel' in by_role['button'] and 'status' in by_role, by_role
+    def animated(): return page.run('return document.getAnimations().filter(o => o.playState === "running").length')
+    assert animated() > 0
+    reduced = dict(features=[dict(name='prefers-reduced-motion', value='reduce')])
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', reduced)
+    assert animated()==0
+
+@pytest.mark.parametrize('make,path', [('fasthtml', '/mine?job='), ('fastapi', '/page?job=')])
+def test_in_other_frameworks(browser, tmp_path, make, path):
+    with serving(getattr(web_app, make)(tmp_path/'q.db')) as client:
+        page = Page(browser, client, url := start(client, n=1))
+        browser.get(str(client.base_url.join(path+url.rpartition('/')[2])))
+        assert soon(lambda: page.states()==['running'])
+        go(client)
+        assert soon(lambda: page.states()==['succeeded'] and page.find('.job-toast'))
