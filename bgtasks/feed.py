@@ -53,15 +53,17 @@ def wait(
 ) -> Job: # As it has ended
     "Block until the job has ended, or raise `WaitTimeout`."
     if (job := _found(store, id)).state in _ends: return job
-    until = None if timeout is None else time.monotonic()+timeout
+    until,rest = inf if timeout is None else time.monotonic()+timeout,every
     with _watched(store) as fd:
         while (job := _found(store, id)).state not in _ends:
-            left = every if until is None else min(every, until-time.monotonic())
+            left = min(rest, until-time.monotonic())
             if left <= 0: raise _late(job, timeout)
+            rest = min(2*rest, every)
             if fd is None: time.sleep(min(left, .02))
             elif select.select([fd], [], [], left)[0]:
                 time.sleep(.005)
                 _drain(fd)
+                rest = .001
     return job
 
 # %% ../nbs/api/23_feed.ipynb #517dc973
@@ -223,8 +225,9 @@ class _Reader:
             if fd is not None: loop.remove_reader(fd)
 
     async def read(self):
-        feed,limit = self.feed,1000
+        feed,limit,rest = self.feed,1000,self.feed.every
         while True:
+            rest = .001 if self.wake.is_set() else min(2*rest, feed.every)
             self.wake.clear()
             events = await feed.do(feed.store.events, self.at, limit=limit)
             if events: self.at = events[-1].id
@@ -232,7 +235,8 @@ class _Reader:
                 for f in self.all: f.push(e)
                 for f in self.of.get(e.job, ()): f.push(e)
             if len(events) == limit: continue
-            with suppress(TimeoutError): await asyncio.wait_for(self.wake.wait(), feed.every)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(rest): await self.wake.wait()
             if events: await asyncio.sleep(feed.pace)
 
 # %% ../nbs/api/23_feed.ipynb #62d7cbfe
