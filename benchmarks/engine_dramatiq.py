@@ -20,13 +20,12 @@ def make_broker():
     return RabbitmqBroker(url=AMQP, confirm_delivery=True) # bgtasks turns it on: a message that may be lost is no job
 
 class Clock(dramatiq.Middleware):
-    "Tell, by way of Redis, how long the worker took from its first message to the last of so many."
+    "Tell, by way of Redis, how long the worker took for so many messages, the first fifty left out"
     def __init__(self): self.n,self.start,self.lock,self.of = 0,None,threading.Lock(),int(os.environ.get('BENCH_N', 0))
-    def before_process_message(self, broker, message):
-        if self.start is None: self.start = time.perf_counter()
     def after_ack(self, broker, message):
         with self.lock: self.n += 1
-        if self.n==self.of:
+        if self.n==50: self.start = time.perf_counter()
+        if self.n==self.of+50:
             RedisBackend(url=REDIS).client.rpush('bench:seconds', time.perf_counter()-self.start)
 
 broker = make_broker()

@@ -207,6 +207,9 @@ class Engine(Backend):
     def last_event(self) -> int:
         "Id of the newest event, 0 if there is none."
         return self._recorded('last_event', 'events')
+    def finish(self, id:str, done:Done) -> bool:
+        "Write down a verdict; `False` if it comes too late. Called in the worker, before the message is acknowledged."
+        return self.records.finish(id, done)
     def cancel(self, id:str, why:str='') -> Job|None:
         "Cancel a job that has not ended: its message is dropped, or the worker that runs it stops it."
         return self._recorded('cancel', 'cancel', id, why)
@@ -272,7 +275,7 @@ def _settled(engine, bench, m, job, done):
     "Write down a verdict, and send the message of the next round if there is one."
     if engine.records is not None:
         _stubborn(engine.patience, bench.flush)
-        if not _stubborn(engine.patience, engine.records.finish, job.id, done):
+        if not _stubborn(engine.patience, engine.finish, job.id, done):
             return _log.warning('Job %s: attempt %d came too late, its result is dropped', job.id, job.attempt)
     if done.state is not State.queued: return
     new = next_message(m, replace(job, run_at=done.run_at), m.round+1)

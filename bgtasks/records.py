@@ -16,6 +16,7 @@ from msgspec import json
 
 from .errors import BackendUnavailable, BadOption, StoreError
 from .job import Done, Event, Failure, Job, Progress, State
+from .link import Link, impatient
 from .message import Message, job_of, next_message, read_message, write_message
 
 # %% ../nbs/api/26_records.ipynb #a413026c
@@ -24,7 +25,7 @@ local P,id = ARGV[1],ARGV[2]
 local rec,t = P..'job:'..id, redis.call('TIME')
 local now = tonumber(t[1])+tonumber(t[2])/1e6
 local function stamp(x) return string.format('%.6f', x) end
-local function get(f) return redis.call('HGET', rec, f) end
+local function get(...) return unpack(redis.call('HMGET', rec, ...)) end
 local function set(...) redis.call('HSET', rec, ...) end
 local function emit(kind, attempt, data)
   local n = redis.call('INCR', P..'seq')
@@ -35,15 +36,15 @@ end
 local function drop(key)
   if key and key~='' and redis.call('GET', P..'key:'..key)==id then redis.call('DEL', P..'key:'..key) end
 end
-local function over(state, field, data)
+local function over(state, field, data, attempt, key, keep)
   set('state', state, field, data, 'finished_at', stamp(now))
-  drop(get('key'))
-  redis.call('EXPIRE', rec, get('keep'))
-  emit(state, get('attempt'), field=='error' and data or 'null')
+  drop(key)
+  redis.call('EXPIRE', rec, keep)
+  emit(state, attempt, field=='error' and data or 'null')
 end
-local function fresh(msg, key, keep, round, attempt, lost)
+local function fresh(msg, key, keep, round, attempt, lost, event)
   set('msg', msg, 'key', key, 'keep', keep, 'round', round, 'attempt', attempt, 'lost', lost, 'crashes', 0,
-      'state', 'queued', 'created_at', stamp(now))
+      'state', 'queued', 'created_at', stamp(now), 'event', event)
 end
 local function taken(key)
   local owner = redis.call('GET', P..'key:'..key)
@@ -64,15 +65,15 @@ if key~='' then
   redis.call('SET', P..'key:'..key, id, 'EX', ttl)
 end
 if redis.call('EXISTS', rec)==1 then return "" end
-fresh(msg, key, keep, 0, 0, 0)
+fresh(msg, key, keep, 0, 0, 0, emit('queued', 0, 'null'))
 redis.call('EXPIRE', rec, ttl)
-set('event', emit('queued', 0, 'null'))
 return ""'''
 
 _scripts['forget'] = '''
-if get('state')=='queued' and get('attempt')=='0' then
-  redis.call('XDEL', P..'events', get('event')..'-0')
-  drop(get('key'))
+local state,attempt,event,key = get('state', 'attempt', 'event', 'key')
+if state=='queued' and attempt=='0' then
+  redis.call('XDEL', P..'events', event..'-0')
+  drop(key)
   redis.call('DEL', rec)
 end'''
 
@@ -80,46 +81,50 @@ end'''
 _scripts['begin'] = '''
 local msg,key,keep,round,nonce,worker,dead = ARGV[3],ARGV[4],ARGV[5],tonumber(ARGV[6]),ARGV[9],ARGV[10],ARGV[11]
 local lease,max,why = tonumber(ARGV[12]),tonumber(ARGV[13]),ARGV[14]
-local state = get('state')
+local state,current,attempt,lost,crashes,created,was,holder,till = get('state', 'round', 'attempt', 'lost', 'crashes',
+                                                                      'created_at', 'nonce', 'worker', 'until')
 if not state then
-  fresh(msg, key, keep, round, ARGV[7], ARGV[8])
-  state = 'queued'
+  state,current,attempt,lost,crashes,created = 'queued',round,ARGV[7],ARGV[8],'0',stamp(now)
+  fresh(msg, key, keep, round, attempt, lost, '0')
 end
-if state~='queued' and state~='running' then return {'gone', state} end
-local current = tonumber(get('round'))
+local function run() return table.concat({'run', attempt, lost, crashes, created}, ' ') end
+if state~='queued' and state~='running' then return 'gone '..state end
+current = tonumber(current)
 if round < current then
-  if state=='queued' and round==current-1 then return {'again', get('run_at') or '0'} end
-  return {'gone', 'stale'}
+  if state=='queued' and round==current-1 then return 'again '..(get('run_at') or '0') end
+  return 'gone stale'
 end
-local lost = tonumber(get('lost'))
 if state=='running' then
-  if get('nonce')==nonce then return {'run', get('attempt'), lost, get('crashes'), get('created_at')} end
-  local rest,holder = tonumber(get('until'))-now,get('worker')
-  if rest > 0 and holder~=dead then return {'wait', tostring(rest), holder} end
+  if was==nonce then return run() end
+  local rest = tonumber(till)-now
+  if rest > 0 and holder~=dead then return 'wait '..rest..' '..holder end
   if round==current then
-    local crashes = redis.call('HINCRBY', rec, 'crashes', 1)
-    lost = redis.call('HINCRBY', rec, 'lost', 1)
-    if crashes > max then over('dead', 'error', why); return {'gone', 'dead'} end
+    lost,crashes = lost+1,crashes+1
+    set('lost', lost, 'crashes', crashes)
+    if crashes > max then over('dead', 'error', why, attempt, key, keep); return 'gone dead' end
   end
 end
-local attempt = redis.call('HINCRBY', rec, 'attempt', 1)
-set('state', 'running', 'round', round, 'nonce', nonce, 'worker', worker, 'until', stamp(now+lease),
-    'started_at', stamp(now))
+attempt = attempt+1
+set('state', 'running', 'attempt', attempt, 'round', round, 'nonce', nonce, 'worker', worker,
+    'until', stamp(now+lease), 'started_at', stamp(now))
 redis.call('PERSIST', rec)
 if key~='' then redis.call('SET', P..'key:'..key, id) end
 emit('running', attempt, 'null')
-return {'run', attempt, lost, get('crashes'), get('created_at')}'''
+return run()'''
 
 # %% ../nbs/api/26_records.ipynb #1df26411
-_held = "if not (get('state')=='running' and get('attempt')==ARGV[3]) then return 0 end\n"
+_held = '''
+local was,attempt,key,keep = get('state', 'attempt', 'key', 'keep')
+if was~='running' or attempt~=ARGV[3] then return 0 end
+'''
 
 _scripts['finish'] = _held + '''
 local state,field,data,at = ARGV[4],ARGV[5],ARGV[6],ARGV[7]
 if state=='queued' then
   set('state', state, 'error', data, 'run_at', at)
   redis.call('HINCRBY', rec, 'round', 1)
-  emit(state, ARGV[3], data)
-else over(state, field, data) end
+  emit(state, attempt, data)
+else over(state, field, data, attempt, key, keep) end
 return 1'''
 
 _scripts['report'] = _held + '''
@@ -139,23 +144,24 @@ return lost'''
 
 # %% ../nbs/api/26_records.ipynb #d5b42fd7
 _scripts['cancel'] = '''
-local state = get('state')
-if state=='queued' or state=='running' then over('cancelled', 'error', ARGV[3]); return 1 end
-return 0'''
+local state,attempt,key,keep = get('state', 'attempt', 'key', 'keep')
+if state~='queued' and state~='running' then return 0 end
+over('cancelled', 'error', ARGV[3], attempt, key, keep)
+return 1'''
 
 _scripts['retry'] = '''
-local state,key = get('state'),get('key')
+local state,key,attempt = get('state', 'key', 'attempt')
 if state~='dead' and state~='cancelled' then return 'no' end
 if key~='' then
   local owner = taken(key)
   if owner then return owner end
   redis.call('SET', P..'key:'..key, id)
 end
-set('state', 'queued', 'lost', get('attempt'), 'crashes', 0, 'run_at', stamp(now))
+set('state', 'queued', 'lost', attempt, 'crashes', 0, 'run_at', stamp(now))
 redis.call('HDEL', rec, 'finished_at', 'nonce')
 redis.call('HINCRBY', rec, 'round', 1)
 redis.call('PERSIST', rec)
-emit('queued', get('attempt'), 'null')
+emit('queued', attempt, 'null')
 return 'yes'
 '''
 
@@ -170,15 +176,12 @@ def _reached(what):
     except (e.BusyLoadingError, e.ReadOnlyError, e.OutOfMemoryError) as x:
         raise BackendUnavailable(f'the records in Redis ({what}) can\'t be written now: {x}') from None
 
-def _connected(url, wait):
-    "A client of the server at `url` that waits for nothing much longer than `wait` seconds."
-    try:
-        from redis import Redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry as Again
+def _connected(server, wait):
+    "A client that waits for nothing longer than `wait` seconds."
+    try: from redis import Redis
     except ImportError: raise BadOption('records in Redis need its client: `pip install redis`') from None
-    url = url.replace('redis+socket://', 'unix://', 1)
-    return Redis.from_url(url, socket_connect_timeout=wait, socket_timeout=wait, retry=Again(NoBackoff(), 1))
+    if isinstance(server, str): server = Redis.from_url(server.replace('redis+socket://', 'unix://', 1))
+    return impatient(server, wait)
 
 # %% ../nbs/api/26_records.ipynb #9b382fd5
 class Records:
@@ -194,21 +197,20 @@ class Records:
         *,
         wait:float=3.0        # Seconds to wait for the server
     ):
-        self.client = _connected(server, wait) if isinstance(server, str) else server
-        self.prefix,self._where = prefix,self._name()
-        self._run = {k: self.client.register_script(_prelude+v) for k,v in _scripts.items()}
-
-    def _name(self):
-        o = self.client.connection_pool.connection_kwargs
-        return o['path'] if 'path' in o else f"{o.get('host', 'localhost')}:{o.get('port', 6379)}/{o.get('db', 0)}"
+        self.client,self.prefix = _connected(server, wait),prefix
+        self.link = Link(self.client)
+        self._where,self._sha = self.link.where,{k: self.link.script(_prelude+v) for k,v in _scripts.items()}
 
     def __repr__(self): return f'Records({self._where})'
 
-    def _do(self, verb, *args, client=None):
-        with _reached(self._where): return self._run[verb](args=[self.prefix, *args], client=client)
+    def _command(self, verb, *args): return 'EVALSHA', self._sha[verb], 0, self.prefix, *args
+
+    def _do(self, verb, *args):
+        with _reached(self._where): return self.link.ask(self._command(verb, *args))[0]
 
     def close(self):
         "Close the connections."
+        self.link.close()
         self.client.close()
 
 # %% ../nbs/api/26_records.ipynb #090fdbbc
@@ -221,12 +223,15 @@ def add(self:Records,
     messages:Sequence[Message] # First messages, not yet sent
 ) -> list[str]: # For each, the id of the unfinished job that has its key, or `''`
     "Record jobs whose messages are about to be sent."
-    calls = [('add', m.id, write_message(m), m.key or '', _kept(m, self.least),
-              int(max(m.run_at-m.created_at, 0)+self.unseen)) for m in messages]
-    if len(calls)==1: return [_text(self._do(*calls[0]))]
-    pipe = self.client.pipeline(transaction=False)
-    for c in calls: self._run['add'](args=[self.prefix, *c[1:]], client=pipe)
-    with _reached(self._where): return [_text(o) for o in pipe.execute()]
+    with _reached(self._where): return [_text(o) for o in self.link.ask(*self.add_commands(messages))]
+
+@patch
+def add_commands(self:Records,
+    messages:Iterable[Message] # As for `add`
+) -> list[tuple]: # For `Link.ask`
+    "Give the commands of `add`, for who has more to send on the same trip."
+    return [self._command('add', m.id, write_message(m), m.key or '', _kept(m, self.least),
+                          int(max(m.run_at-m.created_at, 0)+self.unseen)) for m in messages]
 
 @patch
 def forget(self:Records,
@@ -264,14 +269,14 @@ def begin(self:Records,
 ) -> tuple: # `('run', job)`, `('gone', why)`, `('again', run_at)` or `('wait', seconds, worker)`
     "Say what a worker is to do with a message."
     why = json.encode(Failure('WorkerLost', f'its worker vanished more than {self.max_crashes} times while it ran'))
-    what,*more = self._do('begin', m.id, write_message(m), m.key or '', _kept(m, self.least), m.round, m.attempt,
-                          m.lost, nonce, worker, dead, self.lease, self.max_crashes, why)
-    what = _text(what)
+    said = self._do('begin', m.id, write_message(m), m.key or '', _kept(m, self.least), m.round, m.attempt, m.lost,
+                    nonce, worker, dead, self.lease, self.max_crashes, why)
+    what,*more = _text(said).split(' ')
     if what=='run':
         attempt,lost,crashes,created = (float(o) for o in more)
         return what, job_of(m, state=State.running, attempt=int(attempt), lost=int(lost), crashes=int(crashes),
                             created_at=created, worker=worker)
-    return what, _text(more[0]) if what=='gone' else float(more[0]), *map(_text, more[1:])
+    return what, more[0] if what=='gone' else float(more[0]), *more[1:]
 
 # %% ../nbs/api/26_records.ipynb #926ae489
 @patch
@@ -280,8 +285,16 @@ def finish(self:Records,
     done:Done  # The verdict on one attempt
 ) -> bool: # `False`: that attempt no longer holds the job, nothing was written
     "Write down what came of an attempt."
+    with _reached(self._where): return bool(self.link.ask(self.finish_command(id, done))[0])
+
+@patch
+def finish_command(self:Records,
+    id:str,    # Of the job
+    done:Done  # The verdict on one attempt
+) -> tuple: # For `Link.ask`
+    "Give the command of `finish`, for who has more to send on the same trip."
     what = ('value', done.value or b'null') if done.state is State.succeeded else ('error', json.encode(done.error))
-    return bool(self._do('finish', id, done.attempt, done.state, *what, done.run_at or 0))
+    return self._command('finish', id, done.attempt, done.state, *what, done.run_at or 0)
 
 # %% ../nbs/api/26_records.ipynb #aff615fc
 @patch
@@ -297,8 +310,11 @@ def report(self:Records,
     lines:Iterable[tuple[str, int, str, str]]     # As (id, attempt, level, text)
 ):
     "Keep what running attempts have said."
-    for id,n,p in progress: self._do('report', id, n, 'progress', json.encode(p))
-    for id,n,level,text in lines: self._do('report', id, n, 'log', json.encode([level, text]))
+    told = [(id, n, 'progress', p) for id,n,p in progress]
+    told += [(id, n, 'log', [level, text]) for id,n,level,text in lines]
+    commands = [self._command('report', id, n, kind, json.encode(o)) for id,n,kind,o in told]
+    if not commands: return
+    with _reached(self._where): self.link.ask(*commands)
 
 # %% ../nbs/api/26_records.ipynb #db30f587
 def _job(h, m=None):

@@ -6,10 +6,12 @@
 __all__ = ['DramatiqBackend']
 
 # %% ../../nbs/api/54_dramatiq.ipynb #2eafc977
-import copy, json, re, threading, time
+import copy, json, logging, re, threading, time
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import ceil, inf
+from secrets import token_hex
 from typing import Any
 
 from dramatiq import Message as DramatiqMessage
@@ -20,29 +22,24 @@ from fastcore.basics import patch
 
 from ..engine import Engine, work
 from ..errors import BackendUnavailable, BadOption, Unsupported
-from ..job import Done, Failure, State
-from ..message import Message, read_message, write_message
+from ..job import Call, Done, Failure, Job, State
+from ..link import Link, impatient, together
+from ..message import Message, job_of, message_of, read_message, write_message
 from ..records import Records, worker_name
 from ..schedule import seconds
 
 # %% ../../nbs/api/54_dramatiq.ipynb #27eb1697
-def _impatient(client, wait):
-    "A client of the same Redis that gives up after `wait` seconds."
-    from redis import BlockingConnectionPool, ConnectionPool, Redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-    pool = client.connection_pool
-    if type(pool) not in (ConnectionPool, BlockingConnectionPool): return client # Sentinel's, say: it has its own ways
-    ours = dict(socket_timeout=wait, socket_connect_timeout=wait, retry=Retry(NoBackoff(), 1), decode_responses=False)
-    kwargs = {k: v for k,v in pool.connection_kwargs.items() if k != 'retry_on_error'} | ours
-    return Redis(connection_pool=ConnectionPool(pool.connection_class, **kwargs))
+class _Caught:
+    "Stands where Dramatiq has the script that sends, and keeps the command for a trip that it shares with others."
+    def __init__(self, sha): self.sha,self.here = sha,threading.local()
+    def __call__(self, args=(), keys=()): self.here.commands.append(('EVALSHA', self.sha, len(keys), *keys, *args))
 
-def _redis_sender(broker, wait):
-    "A copy of `broker` whose commands go by way of an impatient client."
+def _redis_sender(broker, link):
+    "A copy of `broker` that catches what it would send."
     res = copy.copy(broker)
-    res.client = _impatient(broker.client, wait)
-    res.scripts = {k: res.client.register_script(s.script) for k,s in broker.scripts.items()}
-    return res
+    caught = _Caught(link.script(broker.scripts['dispatch'].script))
+    res.scripts = broker.scripts | dict(dispatch=caught)
+    return res,caught
 
 def _rabbit_sender(broker, wait):
     "The broker itself: it has a connection for each thread anyway, and is told now how long to wait and for what."
@@ -60,14 +57,14 @@ def _is(o, *kinds):
     return any(c.__name__ in kinds for c in type(o).__mro__)
 
 def _records(broker, given, wait):
-    "What `records=` means."
+    "The records that `records=` means."
     if given is None:
         from dramatiq.results import Results
         given = next((m.backend for m in broker.middleware if isinstance(m, Results)), None)
         if not _is(given, 'RedisBackend'): given = broker if _is(broker, 'RedisBroker') else None
-    if given is None or isinstance(given, (Records, str)): return given
-    client = given.client if _is(given, 'RedisBackend', 'RedisBroker') else given
-    if _is(client, 'Redis'): return Records(_impatient(client, wait))
+    if given is None or isinstance(given, Records): return given
+    server = given.client if _is(given, 'RedisBackend', 'RedisBroker') else given
+    if isinstance(server, str) or _is(server, 'Redis'): return Records(server, wait=wait)
     raise BadOption(f"DramatiqBackend(records={given!r}): give the URL of a Redis, a client of it, or a RedisBackend")
 
 # %% ../../nbs/api/54_dramatiq.ipynb #e6bb5041
@@ -75,22 +72,36 @@ _off = dict(max_retries=0, time_limit=inf, max_age=None, notify_shutdown=False, 
 
 def _receive(backend, text, wait=.5):
     "What an actor does."
-    nonce = backend._letter.nonce
+    nonce = token_hex(8) # by which the records tell one delivery that asks twice from two
     while True:
         try: return work(backend, text, nonce)
         except BackendUnavailable: time.sleep(wait) # nothing of this delivery has been run yet
 
 # %% ../../nbs/api/54_dramatiq.ipynb #d08416f8
 class _Bridge(Middleware):
-    "Tells the backend what an actor isn't told."
+    "Tells the backend of a message that was given up."
     def __init__(self, backend): self.backend = backend
-
-    def before_process_message(self, broker, message):
-        tag = message.options.get('redis_message_id') or getattr(message, '_tag', '')
-        self.backend._letter.nonce = f'{message.message_id} {tag} {id(message)} {worker_name()}'
 
     def after_nack(self, broker, message):
         if 'bgtasks' in message.options and self.backend.records is not None: self.backend._bury(message)
+
+# %% ../../nbs/api/54_dramatiq.ipynb #41aa4563
+_log = logging.getLogger('bgtasks')
+
+class _Acknowledge:
+    "Stands in for Dramatiq's script; sends verdicts along with acknowledgements."
+    def __init__(self, script, link):
+        self.script,self.link,self.sha,self.here = script,link,link.script(script.script),threading.local()
+
+    def __call__(self, args=(), keys=()):
+        verdict = getattr(self.here, 'verdict', None)
+        if verdict is None or args[0] not in ('ack', 'nack'): return self.script(args=args, keys=keys)
+        from redis import ConnectionError, TimeoutError
+        try: written,res = self.link.ask(verdict, ('EVALSHA', self.sha, len(keys), *keys, *args))
+        except TimeoutError as e: raise ConnectionError(str(e)) from None # after which Dramatiq tries again
+        self.here.verdict = None
+        if not written: _log.warning('Job %s: attempt %s came too late, its result is dropped', *verdict[4:6])
+        return res
 
 # %% ../../nbs/api/54_dramatiq.ipynb #2c49818a
 class DramatiqBackend(Engine):
@@ -107,11 +118,11 @@ class DramatiqBackend(Engine):
     ):
         self.broker = broker or broker_module.get_broker()
         if broker_module.global_broker is None: broker_module.set_broker(self.broker) # where `dramatiq` looks for it
-        self.ack_timeout,self.wait,self._letter = seconds(ack_timeout, 'ack_timeout'),wait,threading.local()
-        self.on_redis = _is(self.broker, 'RedisBroker')
-        self.sender = self._prepare()
+        self.ack_timeout,self.wait = seconds(ack_timeout, 'ack_timeout'),wait
         super().__init__(_records(self.broker, records, wait))
-        self.supports_priority = bool(getattr(self.broker, 'max_priority', None))
+        self.on_redis,self.line,self._ack = _is(self.broker, 'RedisBroker'),None,None
+        self._prepare()
+        self.supports_priority,self.supports_all_or_none = bool(getattr(self.broker, 'max_priority', 0)),self.on_redis
         self.instead = dict(self.instead, **_instead)
         self.broker.add_middleware(_Bridge(self))
         for q in queues: self.broker.declare_queue(self._queue(q))
@@ -119,12 +130,16 @@ class DramatiqBackend(Engine):
     def __repr__(self): return f'DramatiqBackend({type(self.broker).__name__})'
 
     def _prepare(self):
-        "Make the broker safe; give what sends."
-        if self.on_redis:
-            self.broker.maintenance_chance = max(self.broker.maintenance_chance, 100_000) # in a million
-            return _redis_sender(self.broker, self.wait)
-        if _is(self.broker, 'RabbitmqBroker'): return _rabbit_sender(self.broker, self.wait)
-        return self.broker
+        "Make the broker safe, and the way to it."
+        self.sender = self.broker
+        if _is(self.broker, 'RabbitmqBroker'): _rabbit_sender(self.broker, self.wait)
+        if not self.on_redis: return
+        self.broker.maintenance_chance = max(self.broker.maintenance_chance, 100_000) # in a million
+        self.line = Link(impatient(self.broker.client, self.wait))
+        if self.records and self.records.link.where==self.line.where: self.line = self.records.link
+        self.sender,self._caught = _redis_sender(self.broker, self.line)
+        if self.records and self.line is self.records.link:
+            self._ack = self.broker.scripts['dispatch'] = _Acknowledge(self.broker.scripts['dispatch'], self.line)
 
 _instead = dict(
     priority='use RabbitmqBroker(max_priority=10), or give urgent jobs a queue and workers of their own',
@@ -171,6 +186,13 @@ def register(self:DramatiqBackend, task:Any) -> None:
     actor.bgtasks = self
 
 @patch
+def finish(self:DramatiqBackend, id:str, done:Done) -> bool:
+    "Write down a verdict, now or with the acknowledgement that follows."
+    if self._ack is None or done.state is State.queued: return super(DramatiqBackend, self).finish(id, done)
+    self._ack.here.verdict = self.records.finish_command(id, done)
+    return True
+
+@patch
 def _bury(self:DramatiqBackend, message):
     "Say of a job whose message was given up that it is dead."
     m,e = read_message(message.args[0]),getattr(message, '_exception', None)
@@ -181,23 +203,64 @@ def _bury(self:DramatiqBackend, message):
         self.records.finish(m.id, Done(seq=0, attempt=more[0].attempt, state=State.dead, error=error))
 
 # %% ../../nbs/api/54_dramatiq.ipynb #94b1994f
-@patch
-def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
-    "Give messages to the broker."
-    sent = []
-    try:
-        for m,wait in parcels:
-            self.sender.enqueue(_envelope(m), delay=ceil(wait*1000) if wait > 0 else None)
-            sent.append(m.id)
-    except Exception as e:
-        if not _unreachable(e): raise
-        down = BackendUnavailable(f'{type(self.broker).__name__} can\'t be reached: {e}. Is the server running?')
-        down.sent = tuple(sent)
-        raise down from e
-
 def _envelope(m) -> DramatiqMessage:
     options = dict(bgtasks=1) | (dict(broker_priority=m.priority) if m.priority else {})
     return DramatiqMessage(m.queue, m.task, (write_message(m),), {}, options, message_id=m.id)
 
-def _unreachable(e) -> bool:
-    return isinstance(e, (BrokerError, OSError)) or type(e).__module__.partition('.')[0] in ('redis', 'pika')
+@contextmanager
+def _reached(broker, sent):
+    "Say of a broker that can't be reached that this is so, and what was `sent` before."
+    try: yield
+    except BackendUnavailable: raise # somebody else has said it
+    except Exception as e:
+        theirs = type(e).__module__.partition('.')[0] in ('redis', 'pika')
+        if not (theirs or isinstance(e, (BrokerError, OSError))): raise
+        down = BackendUnavailable(f'{type(broker).__name__} can\'t be reached: {e}. Is the server running?')
+        down.sent = tuple(sent)
+        raise down from e
+
+@patch
+def _post(self:DramatiqBackend, m, wait): self.sender.enqueue(_envelope(m), delay=ceil(wait*1000) if wait > 0 else None)
+
+@patch
+def _catch(self:DramatiqBackend, parcels) -> list[tuple]:
+    "The commands for Redis that would send these."
+    self._caught.here.commands = res = []
+    for m,wait in parcels: self._post(m, wait)
+    return res
+
+@patch
+def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
+    "Give messages to the broker."
+    sent = []
+    with _reached(self.broker, sent):
+        if self.on_redis: return self._go(self._catch(parcels))
+        for m,wait in parcels:
+            self._post(m, wait)
+            sent.append(m.id)
+
+@patch
+def _go(self:DramatiqBackend, commands):
+    if len(commands) <= 2: self.line.ask(*commands) # Redis does not look at anybody else in between
+    else: together(self.line, *commands)
+
+# %% ../../nbs/api/54_dramatiq.ipynb #5b6b8721
+@patch
+def add(self:DramatiqBackend, calls:Sequence[Call]) -> list[Job]:
+    "Record calls and send their messages."
+    if self.records is None or any(c.key or c.after for c in calls): return super(DramatiqBackend, self).add(calls)
+    now = time.time()
+    new = [message_of(c, now) for c in calls]
+    parcels,records = [(m, max(m.run_at-now, 0)) for m in new],self.records.add_commands(new)
+    if self.line is self.records.link:
+        with _reached(self.broker, ()): self._go(records + self._catch(parcels))
+    elif new: self._add_beside(parcels, records)
+    return [job_of(m) for m in new]
+
+@patch
+def _add_beside(self:DramatiqBackend, parcels, records):
+    try:
+        with _reached(self.records, ()): self.records.link.ask(*records, meanwhile=partial(self.send, parcels))
+    except BackendUnavailable as e:
+        self._take_back([m for m,_ in parcels if m.id not in e.sent])
+        raise

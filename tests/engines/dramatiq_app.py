@@ -1,4 +1,4 @@
-"The app of the tests on Dramatiq; a worker (`dramatiq dramatiq_app`) and the test import it"
+"The app of the tests on Dramatiq, for a worker (`dramatiq dramatiq_app`) and for the test; the environment says where."
 import os, time
 
 import dramatiq
