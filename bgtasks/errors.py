@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BgTasksError', 'BadTask', 'BadOption', 'TaskTimeout', 'NotPicklable', 'ProcessDied', 'RemoteError', 'NoMiddleware',
            'StoreError', 'BadArguments', 'TooLarge', 'UnknownJob', 'WaitTimeout', 'JobFailed', 'JobCancelled', 'Retry',
-           'Cancel', 'Unusable', 'Unsupported', 'BackendUnavailable']
+           'Cancel', 'Unusable', 'Unsupported', 'BackendUnavailable', 'NotDelivered', 'BadSignature', 'UnknownSecret']
 
 # %% ../nbs/api/01_errors.ipynb #9626a829
 from math import isfinite
@@ -108,3 +108,13 @@ class Unsupported(BadOption):
 class BackendUnavailable(BgTasksError, ConnectionError):
     "The backend can't be reached; what was asked for has not been done, and may be asked for again."
     sent:tuple = () # Ids of the jobs of the same call that had been handed over before
+
+# %% ../nbs/api/01_errors.ipynb #8b47f467
+class NotDelivered(BgTasksError, ConnectionError):
+    "The receiver of a notification did not take it."
+
+class BadSignature(BgTasksError, ValueError):
+    "The message was not sent by whom it says, was changed on its way, or is too old."
+
+class UnknownSecret(BgTasksError, LookupError):
+    "A secret is recorded by name only, and this process has none of that name."
