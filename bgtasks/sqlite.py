@@ -18,9 +18,10 @@ from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id
 from .job import Call, Done, Event, Job, Progress, State
 from .retry import after_crash
-from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, after_end, as_claimed_job, as_new_job,
-    as_row, await_parents, cancel_jobs, corrupt, due_rows, end_attempts, ends, forget, held, insert_sql, job_sql,
-    json_in, json_list, keep_progress, note, note_all, prolong, queue_again, readable, states, take, text, up_to_date)
+from .schema import up_to_date
+from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_claimed_job, as_new_job, as_row,
+    await_parents, cancel_jobs, corrupt, due_rows, end_attempts, ends, forget, held, insert_sql, job_sql, json_in,
+    json_list, keep_notices, keep_progress, note, note_all, prolong, queue_again, readable, states, take, text, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -88,9 +89,10 @@ def _add(self:SQLiteStore, cx, calls):
     lanes = {k: self._lane(cx, k) for k in {(c.task, c.queue) for c in calls}}
     cx.executemany(insert_sql, [as_row(c, n, lanes[c.task, c.queue], now) for n,c in enumerate(calls, seq)])
     note_all(cx, 'queued', range(seq, seq+len(calls)), now, event)
+    keep_notices(cx, calls, seq)
     jobs = [as_new_job(c, n, now) for n,c in enumerate(calls, seq)]
     if not (waiting := [j for j in jobs if j.after]): return jobs
-    for j in waiting: await_parents(cx, j, now)
+    self._tell(cx, [s for j in waiting for s in await_parents(cx, j, now)])
     now_so = {j.id:j for j in self._jobs(cx, [j.id for j in waiting])}
     return [now_so.get(j.id, j) for j in jobs]
 
@@ -107,6 +109,11 @@ def _add_keyed(self:SQLiteStore, cx, calls):
     cx.executemany('UPDATE jobs SET key=? WHERE id=?', [(k, i) for k,i in first.items() if k not in known])
     jobs = {j.id:j for j in self._jobs(cx, ids)}
     return [jobs[i] for i in ids]
+
+@patch
+def _tell(self:SQLiteStore, cx, seqs):
+    "Record the calls that tell of the end of these jobs to those who asked for it."
+    if calls := to_tell(cx, seqs): self._add(cx, calls)
 
 @patch
 def add(self:SQLiteStore, calls:Sequence[Call]) -> list[Job]:
@@ -200,27 +207,12 @@ def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection
 # %% ../nbs/api/21_sqlite.ipynb #cf43e789
 class _Late(Exception): "Some attempt has ended already, or was taken over."
 
-_again = ('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(CAST(? AS BLOB),error), until=NULL '
-          'WHERE seq=? AND attempt=? AND st=2')
-
 @patch
 def _finish(self:SQLiteStore, cx, done):
     if not done: return []
-    before,now = cx.total_changes(),self.clock()
-    ended,again,facts = [],[],[]
-    for d in done:
-        error = None if d.error is None else text(d.error)
-        facts.append((d.seq, d.state.value, d.attempt, error))
-        if d.state is State.queued:
-            run_at = now if d.run_at is None else d.run_at
-            again.append((LATER if run_at > now else DUE, run_at, not d.counts, error, d.seq, d.attempt))
-        else: ended.append((d.seq, d.attempt, ends[d.state], None if d.value is None else d.value.decode(), error))
-    end_attempts(cx, ended, now)
-    cx.executemany(_again, again)
-    if cx.total_changes()-before != len(done): raise _Late # somebody else has ended or taken one of them
-    note(cx, facts, now)
-    freed = after_end(cx, [e[0] for e in ended if e[2]==SUCCEEDED], [e[0] for e in ended if e[2] != SUCCEEDED], now)
-    self.file.news = self.file.news or freed or bool(again)
+    if (came := end_attempts(cx, done, self.clock())) is None: raise _Late
+    self.file.news = self.file.news or came[0]
+    self._tell(cx, came[1])
     return [True]*len(done)
 
 @patch
@@ -292,7 +284,7 @@ def sweep(self:SQLiteStore, max_crashes:int=3) -> list[Job]:
 def _cancel(self:SQLiteStore, cx, id, why):
     rows,self.file.news = cx.execute('SELECT seq,st FROM jobs WHERE id=?', (id,)).fetchall(),True
     if rows and rows[0][1] < SUCCEEDED:
-        cancel_jobs(cx, {rows[0][0]: why}, self.clock())
+        self._tell(cx, cancel_jobs(cx, {rows[0][0]: why}, self.clock()))
         cx.execute('DELETE FROM deps WHERE child=?', (rows[0][0],)) # for its own sake, so no parent brings it back
     return next(iter(self._jobs(cx, [id])), None)
 

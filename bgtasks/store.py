@@ -21,7 +21,8 @@ class Store(Protocol):
         unfinished job has, that job is given instead. A call with `after` waits until all of those jobs have
         succeeded; if one of them is dead, cancelled or unknown, the new job is `cancelled` at once, its error
         naming that job; so it is when that happens later. Calls with `key` and `after` are like calls of `add` one
-        after the other: one that is cancelled at once has no key."""
+        after the other: one that is cancelled at once has no key. Of a call's `notify`: whatever ends its job, be it
+        `finish`, `sweep`, `cancel` or `add` itself, records in the same commit the `deliveries` of that job."""
     def claim(self, worker:str, tasks:Collection[str], queues:Collection[str]|None=None, *,
               limit:int=1, lease:float=30.0) -> list[Job]:
         """Take up to `limit` due jobs of these `tasks` (and `queues`, if given) for `lease` seconds: highest

@@ -18,7 +18,7 @@ from starlette.background import BackgroundTask as StarletteTask
 
 from .codec import Codec
 from .errors import BadArguments, BadOption, BadTask
-from .job import Call, Job, new_id, new_ids, task_name
+from .job import Call, Job, Notice, new_id, new_ids, task_name
 from .retry import Backoff
 from .schedule import check_missed, seconds, when
 
@@ -76,6 +76,8 @@ class TaskOptions:
         when(self.cron, self.every, self.tz)
         for name in ('retry_on', 'dont_retry'): put(name, _kinds(name, getattr(self, name)))
         put('notify', tuple(self.notify) if isinstance(self.notify, (list, tuple)) else (self.notify,))
+        if odd := [n for n in self.notify if not isinstance(n, Notice)]:
+            raise BadOption(f'notify={odd[0]!r}: give webhook(…) or email(…) of bgtasks.notify, or a list of them')
 
 # %% ../nbs/api/25_task.ipynb #a21d674d
 def _time(v) -> float:
@@ -132,7 +134,8 @@ class Task:
         self.retry_on,self.dont_retry,self.missed = o.retry_on,o.dont_retry,o.missed
         self.cron,self.every,self.schedule = o.cron,o.every,when(o.cron, o.every, o.tz)
         self._fixed = dict(task=self.name, queue=o.queue, priority=o.priority, retries=o.retries, timeout=o.timeout,
-                           keep=o.keep, after=self._after, run_at=self._run_at, key=None if callable(o.key) else o.key)
+                           keep=o.keep, after=self._after, run_at=self._run_at, key=None if callable(o.key) else o.key,
+                           notify=o.notify)
         self._varies = callable(o.key) or self._delay is not None
 
     def __call__(self, *args, **kwargs): return self.func(*args, **kwargs)
@@ -149,7 +152,8 @@ class Task:
         key:str|Callable|None=_as_declared,     # While a job with it is unfinished, there is no second
         retries:int=_as_declared,               # Attempts after the first
         timeout:str|float|timedelta|None=_as_declared, # How long one attempt may take
-        keep:str|float|timedelta=_as_declared   # How long the record stays after the end
+        keep:str|float|timedelta=_as_declared,  # How long the record stays after the end
+        notify:Iterable=_as_declared            # Who is to hear of the end
     ) -> 'Task': # The same task; what it records is as said here
         "Set options for some calls."
         if delay is not _as_declared and run_at is not _as_declared:
@@ -159,7 +163,8 @@ class Task:
         if delay is not _as_declared: res._delay,res._run_at = seconds(delay, 'delay'),None
         if run_at is not _as_declared: res._delay,res._run_at = None,_time(run_at)
         if after is not _as_declared: res._after = _ids(after)
-        given = dict(queue=queue, priority=priority, key=key, retries=retries, timeout=timeout, keep=keep)
+        given = dict(queue=queue, priority=priority, key=key, retries=retries, timeout=timeout, keep=keep,
+                     notify=notify)
         res._take(replace(self.options, **{k: v for k,v in given.items() if v is not _as_declared}))
         if (accept := getattr(getattr(self.owner, 'store', None), 'accept', None)) is not None: accept(res)
         return res

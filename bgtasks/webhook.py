@@ -52,7 +52,7 @@ def check_url(
 ) -> str: # The same
     "Refuse a URL to which no webhook can be sent."
     def bad(why): return BadOption(f'webhook({str(url)[:200]!r}): {why}')
-    if not isinstance(url, str) or re.search(r'[\x00-\x20\x7f]', url): raise bad('give a URL without spaces or line breaks')
+    if not isinstance(url, str) or re.search(r'[\x00-\x20\x7f]', url): raise bad('give a URL without spaces')
     try: u,_ = urlsplit(url),urlsplit(url).port
     except ValueError as e: raise bad(str(e)) from None
     if u.scheme not in ('http', 'https') or not u.hostname: raise bad('give a URL that begins with https:// or http://')

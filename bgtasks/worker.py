@@ -15,6 +15,7 @@ from typing import Any
 
 from fastcore.basics import patch
 from .attempt import attempt, verdict
+from .deliver import know_deliveries
 from .errors import BadOption
 from .job import Done, Outcome, State
 from .periodic import Periodic
@@ -317,6 +318,7 @@ async def start(self:Worker):
         if (fd := self.queue.store.wait_fd(news=True)) is not None:
             self._fd = fd
             self._loop.add_reader(fd, self._heard)
+    know_deliveries(self.queue)
     self._sort_tasks()
     self._pump_task = self._loop.create_task(self._pump())
     self._periodic.start()

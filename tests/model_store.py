@@ -2,13 +2,14 @@
 from msgspec import json
 from msgspec.structs import replace
 
-from bgtasks.job import Event, Failure, Job, State
+from bgtasks.job import Event, Failure, Job, State, deliveries
 
 ENDS = {State.succeeded, State.dead, State.cancelled}
 
 class Row:
     "A job with what a store knows beside it."
-    def __init__(self, job, ready): self.job,self.ready,self.until,self.parents = job,ready,None,set()
+    def __init__(self, job, ready, notices):
+        self.job,self.ready,self.notices,self.until,self.parents = job,ready,notices,None,set()
     def __getattr__(self, k): return getattr(self.job, k)
     def set(self, **kw): self.job = replace(self.job, **kw)
 
@@ -33,6 +34,7 @@ class ModelStore:
         row.set(state=state, finished_at=now, **kw)
         row.until = now + row.keep
         self._note(row, state)
+        for call in deliveries(row.job, row.notices): self._add(call)
         for child in [r for r in self.rows.values() if row.id in r.parents]:
             gone = Failure('Cancelled', f'after {row.id}')
             if state is State.succeeded: child.parents.discard(row.id)
@@ -55,7 +57,7 @@ class ModelStore:
         run_at = now if c.run_at is None else c.run_at
         row = self.rows[c.id] = Row(Job(id=c.id, task=c.task, queue=c.queue, args=tuple(args), kwargs=kwargs,
             run_at=run_at, priority=c.priority, created_at=now, retries=c.retries, timeout=c.timeout, key=c.key,
-            after=c.after, keep=c.keep, seq=self.seq), run_at <= now)
+            after=c.after, keep=c.keep, seq=self.seq), run_at <= now, c.notify)
         self._note(row, State.queued)
         row.parents = {i for i in c.after if getattr(self.get(i), 'state', None) is not State.succeeded}
         for i in c.after:
