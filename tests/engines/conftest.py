@@ -32,5 +32,6 @@ def workers():
     def start(*args, **kwargs):
         started.append(p := live.Process(*args, **kwargs))
         return p
+    start.started = started
     yield start
     for p in started: p.end()

@@ -1,0 +1,23 @@
+"The suite's tasks on Celery; the environment says where the servers are."
+import os
+
+from celery import Celery
+from bgtasks import TaskQueue
+from bgtasks.backends.celery import CeleryBackend
+from bgtasks.checks import declare_checks, declare_wrapped
+from bgtasks.records import Records
+
+def records():
+    res = Records(os.environ['CHECK_RECORDS'], os.environ['CHECK_PREFIX'])
+    res.lease = float(os.environ.get('CHECK_LEASE', 10))
+    return res
+
+app = Celery('checks', broker=os.environ['CHECK_BROKER'])
+app.conf.update(task_default_queue=os.environ['CHECK_PREFIX']+'celery', worker_hijack_root_logger=False)
+if 'CHECK_VISIBLE' in os.environ:
+    app.conf.broker_transport_options = dict(visibility_timeout=float(os.environ['CHECK_VISIBLE']),
+                                             unacked_restore_interval=1)
+
+where = os.environ['CHECK_PREFIX']+'default'
+queue = declare_checks(TaskQueue(CeleryBackend(app, records=records())), where, every=.5)
+wrapped = declare_wrapped(TaskQueue(CeleryBackend(app, records=records())), where)

@@ -1,0 +1,137 @@
+"Celery as a backend, on real servers and with real workers in their own processes."
+import os, signal, sys, time
+
+import pytest
+from live import ROOT, forget_queues, script, unique, until
+
+from bgtasks.conform import check_backend
+from bgtasks.errors import BackendUnavailable
+
+NAMES = 'celery_checks', 'CHECK_BROKER', 'CHECK_RECORDS', 'CHECK_PREFIX', 'CHECK_LEASE', 'CHECK_VISIBLE', 'BGTASKS_CHECK_DIR'
+
+class Site:
+    "The app of the checks, here as it is in its workers"
+    def __init__(self, workers, monkeypatch, tmp_path, broker, records, **more):
+        self.env = dict(CHECK_BROKER=broker, CHECK_RECORDS=records, CHECK_PREFIX=unique(), BGTASKS_CHECK_DIR=str(tmp_path),
+                        **{f'CHECK_{k.upper()}': str(v) for k,v in more.items()})
+        for k,v in self.env.items(): monkeypatch.setenv(k, v)
+        sys.modules.pop('celery_checks', None)
+        import celery_checks
+        self.workers,self.app,self.queue,self.wrapped = workers,celery_checks.app,celery_checks.queue,celery_checks.wrapped
+        self.dir = tmp_path
+
+    def task(self, name): return self.queue.tasks[f'checks.{name}']
+
+    def worker(self, *args, n=2):
+        args = 'worker', '-c', str(n), '--without-gossip', '--without-mingle', '-l', 'INFO', *args
+        return self.workers(script('celery'), '-A', 'celery_checks', *args, env=self.env).ready('ready.')
+
+    def beat(self): return self.workers(script('celery'), '-A', 'celery_checks', 'beat', '-s', str(self.dir/'beat'),
+                                        env=self.env)
+
+    def lines(self, path): return path.read_text().splitlines() if path.exists() else []
+
+    def close(self):
+        self.app.close()
+        self.queue.close()
+        self.wrapped.close()
+
+@pytest.fixture
+def site(workers, monkeypatch, tmp_path):
+    made = []
+    def make(broker, records, **more):
+        made.append(s := Site(workers, monkeypatch, tmp_path, broker, records, **more))
+        return s
+    yield make
+    for s in made: s.close()
+
+@pytest.fixture(params=['redis', 'rabbit'])
+def anywhere(request, site, redis_url):
+    "The checks on each broker; the queues in RabbitMQ are deleted again"
+    if request.param=='redis': yield site(redis_url, redis_url)
+    else:
+        s = site(request.getfixturevalue('rabbit_url'), redis_url)
+        yield s
+        for p in s.workers.started: p.end()
+        forget_queues([s.env['CHECK_PREFIX']+o for o in ('default', 'celery')])
+
+def test_it_keeps_its_promises(anywhere):
+    anywhere.worker()
+    anywhere.beat()
+    kept = check_backend(anywhere.queue, wrapped=anywhere.wrapped, slots=2, patience=30)
+    assert len(kept) > 20
+
+def test_a_worker_that_is_killed_loses_no_job(anywhere, tmp_path):
+    path = tmp_path/'hold'
+    worker = anywhere.worker('--pool', 'threads') if anywhere.env['CHECK_BROKER'].startswith('amqp') else anywhere.worker()
+    job = anywhere.task('hold').enqueue(str(path))
+    pid = until(lambda: [int(o) for o in anywhere.lines(tmp_path/'hold.held')])[0]
+    if pid != worker.popen.pid: os.kill(pid, signal.SIGKILL) # a child of the pool: its parent hands the job to another one
+    else:
+        worker.kill()
+        anywhere.worker()
+    until(lambda: len(anywhere.lines(tmp_path/'hold.held')) > 1)
+    path.touch()
+    assert anywhere.queue.result(job, 30) is None
+    job = anywhere.queue.get(job)
+    assert (job.state, job.attempt, job.tries, job.crashes)==('succeeded', 2, 1, 1)
+
+def test_redis_gives_the_messages_of_a_dead_worker_to_another(site, redis_url, tmp_path):
+    s = site(redis_url, redis_url, visible=3)
+    path = tmp_path/'hold'
+    worker = s.worker(n=1)
+    job = s.task('hold').enqueue(str(path))
+    until(lambda: s.lines(tmp_path/'hold.held'))
+    worker.kill()
+    s.worker(n=1)
+    path.touch()
+    assert s.queue.result(job, 40) is None
+    assert s.queue.get(job).crashes==1
+
+def test_a_job_longer_than_the_visibility_timeout_runs_once(site, redis_url, tmp_path):
+    s = site(redis_url, redis_url, visible=2)
+    s.worker()
+    job = s.task('asleep').enqueue(str(tmp_path/'a'), 6)
+    s.queue.result(job, 30)
+    assert (s.queue.get(job).attempt, s.lines(tmp_path/'a'))==(1, ['begun', 'through'])
+    delayed = s.task('say').using(delay=5).enqueue(str(tmp_path/'b'), 'x')
+    s.queue.result(delayed, 30)
+    assert (s.queue.get(delayed).attempt, s.lines(tmp_path/'b'))==(1, ['x'])
+
+def test_a_broker_that_is_down_is_told_soon(site, own_redis):
+    s = site(own_redis.url, own_redis.url)
+    kept = s.task('grow').enqueue('a')
+    own_redis.stop()
+    start = time.monotonic()
+    for act in (lambda: s.task('grow').enqueue('b'), lambda: s.queue.get(kept)):
+        with pytest.raises(BackendUnavailable): act()
+    assert time.monotonic()-start < 20
+    own_redis.start()
+    s.worker()
+    assert s.queue.result(kept, 30)=='aa'
+    assert [e.job for e in s.queue.store.events() if e.kind=='queued']==[kept.id]
+
+def test_a_broker_that_is_down_leaves_no_record(site, own_redis, redis_url):
+    s = site(own_redis.url, redis_url)
+    was = s.queue.store.last_event()
+    own_redis.stop()
+    with pytest.raises(BackendUnavailable, match='nothing was sent'): s.task('single').enqueue('k')
+    with pytest.raises(BackendUnavailable): s.task('grow').enqueue_many([('a',), ('b',)])
+    assert s.queue.store.events(was)==[]
+    own_redis.start()
+    s.worker()
+    assert s.queue.result(s.task('single').enqueue(str(s.dir/'k')), 30)[5].startswith('checks:')
+
+def test_a_broker_that_restarts_while_jobs_run(site, own_redis, tmp_path):
+    s = site(own_redis.url, own_redis.url, visible=5)
+    s.worker()
+    running = s.task('asleep').enqueue(str(tmp_path/'a'), 3)
+    until(lambda: s.lines(tmp_path/'a'))
+    waiting = s.task('say').using(delay=2).enqueue(str(tmp_path/'b'), 'x')
+    own_redis.stop()
+    time.sleep(1)
+    own_redis.start()
+    later = s.task('grow').enqueue('a')
+    assert s.queue.result(later, 60)=='aa'
+    for job in running,waiting: s.queue.result(job, 60)
+    assert s.lines(tmp_path/'b')==['x'] and s.lines(tmp_path/'a')==['begun', 'through']
