@@ -6,9 +6,10 @@
 __all__ = ['Engine', 'work']
 
 # %% ../nbs/api/41_engine.ipynb #3a858b4f
-import asyncio, logging, os, secrets, threading, time
+import asyncio, logging, multiprocessing, os, secrets, threading, time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.process import AuthenticationString
 from time import monotonic
 from typing import Any
 
@@ -42,6 +43,11 @@ class _Held:
     def _cancel(self):
         if self.task is not None: self.task.cancel()
 
+def _may_have_children():
+    "Let a process of the engine's pool start processes, for `runner='process'`; ours end by themselves when it does."
+    config = multiprocessing.current_process()._config
+    config.update(daemon=False, authkey=AuthenticationString(config['authkey'])) # Celery has a kind of its own
+
 def _drive(coro):
     "Run a coroutine that never waits."
     try: coro.send(None)
@@ -57,6 +63,7 @@ class _Bench:
         self.held,self._stir,self._writing = {},threading.Event(),threading.Lock()
         self.reports,self.threads,self._mine = Reports(self._stir.set),Threads(),threading.local()
         keep_logs()
+        _may_have_children()
         self.loop,ready = asyncio.new_event_loop(),threading.Event()
         threading.Thread(target=self._serve, args=(ready,), daemon=True, name='bgtasks loop').start()
         if records is not None: threading.Thread(target=self._watch, daemon=True, name='bgtasks leases').start()

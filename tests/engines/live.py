@@ -39,7 +39,8 @@ class OwnRedis:
         options = dict(port=self.port, bind='127.0.0.1', dir=self.dir.name, save='', appendonly='yes',
                        appendfsync='always')
         args = [o for k,v in options.items() for o in (f'--{k}', v if v else '""')]
-        self.process = subprocess.Popen([__redis_executable__, *map(str, args)], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen([__redis_executable__, *map(str, args)], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
         until(self.answers)
 
     def answers(self):
