@@ -77,7 +77,7 @@ class CeleryBackend(Engine):
     def __init__(self,
         app:Celery,                   # The app, with its broker and all of its settings
         *,
-        records:Records|str|None=_records_of_app, # A Redis, where jobs are recorded; if missing, that of the app's results
+        records:Records|str|None=_records_of_app, # A Redis, where jobs are recorded; that of the app's results
         queues:Iterable[str]=()       # Named queues beside those of the tasks
     ):
         if not isinstance(app, Celery): raise BadOption(f"CeleryBackend({app!r}): give a Celery app: Celery('shop', …)")

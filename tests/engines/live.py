@@ -128,5 +128,7 @@ class Process:
         self.out.close()
         with suppress(OSError): os.unlink(self.out.name)
 
+    def __repr__(self): return f'Process({self.popen.args})'
+
 def script(name): return str(Path(sys.executable).parent/name)
 def unique(): return f'bgtest-{secrets.token_hex(4)}-'
