@@ -83,9 +83,9 @@ def _all_told(store, jobs, after):
 
 # %% ../nbs/api/23_feed.ipynb #de97476e
 class Follower:
-    "One who follows the log, of some jobs or of all; made by `Feed.follower`, for a `with` block."
+    "One who follows the log, of some jobs or of all, in a `with` block; a `Feed` makes it."
     def __init__(self,
-        feed:'Feed',                 # What it follows
+        feed,                        # The `Feed` it belongs to
         jobs:tuple[str, ...]|None,   # Ids of the jobs of interest; `None`: all
         after:int|None               # Id of the last event already seen; `None`: from now on
     ):
