@@ -39,6 +39,10 @@ def _packed(commands) -> bytes:
             out.append(b'$%d\r\n%b\r\n' % (len(o), o))
     return b''.join(out)
 
+def _error_of(act) -> BaseException|None:
+    try: act()
+    except BaseException as e: return e
+
 def _answer(conn):
     from redis.exceptions import ResponseError
     try: return conn.read_response(disable_decoding=True)
@@ -83,21 +87,23 @@ class Link:
 
     def _trip(self, data, n, meanwhile=None):
         from redis.exceptions import ConnectionError
+        failed = None
         while True:
             conn = self._take()
             idle = conn is not None
             try:
                 if not idle: (conn := self.pool.make_connection()).connect()
                 conn.send_packed_command([data], check_health=False)
-                if meanwhile is not None: (act,meanwhile) = (meanwhile,None); act()
+                if meanwhile is not None: failed,meanwhile = _error_of(meanwhile),None
                 got = [_answer(conn) for _ in range(n)]
             except BaseException as e:
                 if conn is not None: conn.disconnect()
                 if not idle or not isinstance(e, (ConnectionError, OSError)): raise
                 self.close() # the others will be as old
-            else:
-                self._free.append(conn)
-                return got
+                continue
+            self._free.append(conn)
+            if failed is not None: raise failed
+            return got
 
     def _take(self):
         "A connection that nobody uses; a forked child leaves its parent's alone."

@@ -17,6 +17,7 @@ from typing import Any
 from dramatiq import Message as DramatiqMessage
 from dramatiq import Actor, Broker, Middleware, get_encoder
 from dramatiq import broker as broker_module
+from dramatiq.common import dq_name
 from dramatiq.errors import BrokerError
 from fastcore.basics import patch
 
@@ -48,7 +49,7 @@ def _rabbit_sender(broker, wait):
     for p in broker.parameters if isinstance(broker.parameters, list) else [broker.parameters]:
         p.socket_timeout,p.stack_timeout = min(p.socket_timeout or wait, wait),min(p.stack_timeout or wait, wait)
         if p.blocked_connection_timeout is None: p.blocked_connection_timeout = wait
-        if p.heartbeat is None: p.heartbeat = 20
+        if p.heartbeat is None: p.heartbeat = 10
     return broker
 
 # %% ../../nbs/api/54_dramatiq.ipynb #81a35c20
@@ -88,20 +89,34 @@ class _Bridge(Middleware):
 # %% ../../nbs/api/54_dramatiq.ipynb #41aa4563
 _log = logging.getLogger('bgtasks')
 
-class _Acknowledge:
-    "Stands in for Dramatiq's script; sends verdicts along with acknowledgements."
-    def __init__(self, script, link):
-        self.script,self.link,self.sha,self.here = script,link,link.script(script.script),threading.local()
+class _Script:
+    "Stands before Dramatiq's script; sends verdicts along, and puts back what was lost on the way."
+    def __init__(self, broker, link):
+        self.script,self.link,self.client,self.torn = broker.scripts['dispatch'],link,broker.client,set()
+        self.sha,self.here = link.script(self.script.script),threading.local()
 
     def __call__(self, args=(), keys=()):
-        verdict = getattr(self.here, 'verdict', None)
-        if verdict is None or args[0] not in ('ack', 'nack'): return self.script(args=args, keys=keys)
+        command,queue = args[0],args[2]
+        if command in ('ack', 'nack') and getattr(self.here, 'verdict', None): return self._acknowledge(args, keys)
+        if command=='fetch' and queue in self.torn: self._put_back(args, keys)
+        try: return self.script(args=args, keys=keys)
+        except BaseException:
+            if command in ('fetch', 'enqueue'): self.torn.add(dq_name(queue) if command=='enqueue' else queue)
+            raise
+
+    def _acknowledge(self, args, keys):
         from redis import ConnectionError, TimeoutError
+        verdict = self.here.verdict
         try: written,res = self.link.ask(verdict, ('EVALSHA', self.sha, len(keys), *keys, *args))
         except TimeoutError as e: raise ConnectionError(str(e)) from None # after which Dramatiq tries again
         self.here.verdict = None
         if not written: _log.warning('Job %s: attempt %s came too late, its result is dropped', *verdict[4:6])
         return res
+
+    def _put_back(self, args, keys):
+        ids = self.client.smembers(f'{keys[0]}:__acks__.{args[3]}.{args[2]}')
+        if ids: self.script(args=['requeue', *args[1:8], *ids], keys=keys)
+        self.torn.discard(args[2])
 
 # %% ../../nbs/api/54_dramatiq.ipynb #2c49818a
 class DramatiqBackend(Engine):
@@ -138,8 +153,8 @@ class DramatiqBackend(Engine):
         self.line = Link(impatient(self.broker.client, self.wait))
         if self.records and self.records.link.where==self.line.where: self.line = self.records.link
         self.sender,self._caught = _redis_sender(self.broker, self.line)
-        if self.records and self.line is self.records.link:
-            self._ack = self.broker.scripts['dispatch'] = _Acknowledge(self.broker.scripts['dispatch'], self.line)
+        script = self.broker.scripts['dispatch'] = _Script(self.broker, self.line)
+        if self.records and self.line is self.records.link: self._ack = script
 
 _instead = dict(
     priority='use RabbitmqBroker(max_priority=10), or give urgent jobs a queue and workers of their own',

@@ -1,5 +1,5 @@
 "Real servers and real workers for the tests of the engines: found where there are some, else started; ended by pid."
-import os, secrets, signal, socket, subprocess, sys, tempfile, time
+import os, secrets, signal, socket, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -93,6 +93,50 @@ def forget_queues(names):
     line = pika.BlockingConnection(pika.URLParameters(RABBIT.removesuffix('//')+'/%2F'))
     for name in names: line.channel().queue_delete(name)
     line.close()
+
+class Proxy:
+    "Stands before a server: as if it were restarted when its connections are cut, or hung when nothing passes"
+    def __init__(self, port, host='127.0.0.1'):
+        self.to,self.port,self.pairs,self.passing = (host, port),free_port(),[],threading.Event()
+        self.passing.set()
+        self.listener = None
+        self.up()
+
+    def up(self):
+        "Take connections"
+        self.listener = socket.create_server(('127.0.0.1', self.port), reuse_port=False)
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def down(self):
+        "Cut all connections, and take no new ones"
+        self.passing.set()
+        with suppress(OSError): self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for s in self.pairs:
+            with suppress(OSError): s.shutdown(socket.SHUT_RDWR)
+            s.close()
+        self.pairs.clear()
+
+    def hang(self):
+        "Let nothing pass, and cut nothing"
+        self.passing.clear()
+
+    def _accept(self, listener):
+        with suppress(OSError):
+            while True:
+                here = listener.accept()[0]
+                there = socket.create_connection(self.to)
+                self.pairs += [here, there]
+                for a,b in ((here, there), (there, here)):
+                    threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    def _pump(self, a, b):
+        with suppress(OSError):
+            while data := a.recv(65536):
+                self.passing.wait()
+                b.sendall(data)
+        for s in (a, b):
+            with suppress(OSError): s.shutdown(socket.SHUT_RDWR)
 
 # Workers
 

@@ -1,8 +1,5 @@
 "Dramatiq with real brokers and real worker processes: what it promises, and what it does when something breaks."
-import os, signal, socket, subprocess, sys, threading, time
-from contextlib import suppress
-from pathlib import Path
-from types import SimpleNamespace
+import signal, subprocess, sys, time
 
 import dramatiq_app
 import live
@@ -12,7 +9,6 @@ from live import until
 from bgtasks import TaskQueue
 from bgtasks.conform import check_backend
 from bgtasks.errors import BackendUnavailable
-from bgtasks.job import State
 
 class Stage:
     "An app and its workers on one broker"
@@ -21,11 +17,13 @@ class Stage:
         self.broker = dramatiq_app.make_broker(broker_url)
         self.queue,self.wrapped = dramatiq_app.declare(self.broker, records, self.name, str(folder))
 
+    def environ(self):
+        return dict(BGTASKS_TEST_BROKER=self.url, BGTASKS_TEST_RECORDS=self.records, BGTASKS_TEST_QUEUE=self.name,
+                    BGTASKS_CHECK_DIR=str(self.folder))
+
     def worker(self, *more):
-        env = dict(BGTASKS_TEST_BROKER=self.url, BGTASKS_TEST_RECORDS=self.records, BGTASKS_TEST_QUEUE=self.name,
-                   BGTASKS_CHECK_DIR=str(self.folder))
         args = sys.executable, '-m', 'dramatiq', 'dramatiq_app', '-p', '1', '-t', '4', '-Q', self.name, *more
-        return self.start(*args, env=env).ready('is ready for action')
+        return self.start(*args, env=self.environ()).ready('is ready for action')
 
     def lines(self, mark):
         path = self.folder/mark
@@ -77,3 +75,109 @@ def test_a_worker_that_is_told_to_stop_ends_its_job_first(stage):
     (stage.folder/'a.go').touch()
     assert stage.queue.result(job, timeout=30)==1
     assert worker.popen.wait(30)==0
+
+# A broker that goes away
+
+class Redis:
+    "One that can be stopped and started, with all it had"
+    def __init__(self, own, _): self.url,self.records,self.down,self.up = own.url,own.url,own.stop,own.start
+    def close(self): pass
+
+class RabbitMQ:
+    "One behind a proxy: it is not ours to stop"
+    def __init__(self, own, url):
+        self.proxy = live.Proxy(5672)
+        self.url,self.records = f'amqp://guest:guest@127.0.0.1:{self.proxy.port}//',own.url
+        self.down,self.up,self.close = self.proxy.down,self.proxy.up,self.proxy.down
+
+@pytest.fixture(params=[Redis, RabbitMQ])
+def server(request, own_redis):
+    url = request.getfixturevalue('rabbit_url') if request.param is RabbitMQ else None
+    s = request.param(own_redis, url)
+    yield s
+    s.close()
+
+@pytest.fixture
+def shaky(server, workers, tmp_path):
+    s = Stage(server.url, server.records, workers, tmp_path)
+    yield s
+    s.url = live.RABBIT if s.url.startswith('amqp') else s.url
+    s.close()
+
+def test_a_broker_that_is_down_is_told_and_leaves_nothing_behind(shaky, server):
+    queue,once = shaky.queue,shaky.queue.tasks['once']
+    once.enqueue('warm') # a connection that was good before
+    server.down()
+    start = time.monotonic()
+    for act in (lambda: once.enqueue('a'), lambda: once.enqueue_many([('b',), ('c',)])):
+        with pytest.raises(BackendUnavailable, match='reached'): act()
+    assert time.monotonic()-start < 60 # for ever is what it must not be
+    server.up()
+    assert [e.kind for e in queue.store.events()]==['queued']
+    job = until(lambda: tried(lambda: once.enqueue('d')))
+    shaky.worker()
+    queue.result(job, timeout=30)
+    until(lambda: shaky.lines('warm'))
+    assert [shaky.lines(o) for o in 'abcd']==[[], [], [], ['x']]
+
+def tried(act):
+    try: return act()
+    except BackendUnavailable: pass
+
+def test_a_broker_that_is_restarted_while_jobs_run_loses_none(shaky, server):
+    survive = shaky.queue.tasks['survive']
+    shaky.worker()
+    jobs = [survive.enqueue(f'j{i}') for i in range(3)]+[survive.using(delay=1).enqueue('later')]
+    until(lambda: all(shaky.lines(f'j{i}') for i in range(3)))
+    server.down()
+    for name in ('j0', 'j1', 'j2', 'later'): (shaky.folder/f'{name}.go').touch() # they end while it is away
+    time.sleep(1)
+    server.up()
+    for job in jobs: assert shaky.queue.result(job, timeout=60) in (1, 2)
+    assert shaky.queue.result(shaky.queue.tasks['checks.grow'].enqueue('x'), timeout=60)=='xx'
+    assert [shaky.queue.get(j).state for j in jobs]==['succeeded']*4
+
+def test_a_rabbitmq_that_hangs_is_told_in_the_end(own_redis, rabbit_url, workers, tmp_path):
+    proxy = live.Proxy(5672)
+    stage = Stage(f'amqp://guest:guest@127.0.0.1:{proxy.port}//', own_redis.url, workers, tmp_path)
+    stage.broker.parameters.heartbeat = 4 # so that the test need not wait for the usual ten
+    once = stage.queue.tasks['once']
+    once.enqueue('a')
+    proxy.hang()
+    try:
+        with pytest.raises(BackendUnavailable): once.enqueue('b')
+        assert [e.kind for e in stage.queue.store.events()]==['queued']
+    finally:
+        proxy.down()
+        stage.url = live.RABBIT
+        stage.close()
+
+# From a file to Dramatiq
+
+MOVE = """
+import sys
+from bgtasks.move import move
+import dramatiq_app
+print('moving', flush=True)
+print(move(sys.argv[1], dramatiq_app.queue, batch=5))
+"""
+
+def test_a_move_that_is_killed_is_ended_by_the_next_and_each_job_runs_once(stage, tmp_path):
+    file = str(tmp_path/'tasks.db')
+    with TaskQueue(file) as old:
+        def once(mark:str): raise AssertionError('the file has no worker')
+        jobs = old.task(once, name='once', queue=stage.name).enqueue_many([(f'm{i}',) for i in range(300)])
+    env = stage.environ()
+    for n in range(200):
+        p = live.Process(sys.executable, '-c', MOVE, file, env=env)
+        until(lambda: 'moving' in p.said() or p.popen.poll() is not None)
+        time.sleep(.01+.01*(n%7))
+        ended = p.popen.poll()
+        p.kill()
+        if ended is not None: break
+        stopped = n+1
+    assert stopped > 2 and ended==0
+    stage.worker()
+    for job in jobs: stage.queue.result(job, timeout=60)
+    assert [stage.lines(f'm{i}') for i in range(300)]==[['x']]*300
+    with TaskQueue(file) as old: assert {old.get(j).error.type for j in jobs}=={'Moved'}
