@@ -6,7 +6,7 @@
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'json_in', 'job_sql',
            'insert_sql', 'text', 'json_list', 'as_job', 'as_claimed_job', 'corrupt', 'readable', 'as_row', 'as_new_job',
            'take', 'note', 'note_all', 'held', 'due_rows', 'prolong', 'keep_progress', 'cancel_jobs', 'after_end',
-           'await_parents', 'end_attempts', 'keep_notices', 'to_tell', 'queue_again', 'forget']
+           'await_parents', 'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Iterable, Sequence
@@ -178,7 +178,7 @@ def prolong(
     cx:Any,                         # A connection in a transaction
     worker:str,                     # Its name
     pairs:list[tuple[int, int]],    # (seq, attempt) of what it thinks it holds
-    until:float                     # New end of the leases
+    until:float                     # New end of the leases, in the seconds that they are counted in
 ) -> list[tuple[int, int]]: # Those that it no longer holds
     "Prolong leases."
     ours = held(cx, pairs, worker)
@@ -256,6 +256,29 @@ def await_parents(
     cx.execute(sql + ' WHERE seq=?3', (len(waits), now, job.seq))
     return []
 
+# %% ../nbs/api/14_tables.ipynb #91e7dd23
+_would_wait = """SELECT c.seq, (SELECT count(*) FROM deps WHERE child=c.seq) FROM deps d JOIN jobs c ON c.seq=d.child
+WHERE d.parent=? AND c.st=6 AND NOT EXISTS(SELECT 1 FROM jobs k WHERE k.key=c.key AND k.st<4) AND NOT EXISTS(
+  SELECT 1 FROM deps o LEFT JOIN jobs p ON p.seq=o.parent WHERE o.child=c.seq AND ifnull(p.st,6)>=5)
+ORDER BY c.seq LIMIT 1"""
+
+def queue_again(
+    cx:Any,     # A connection in a transaction
+    seq:int,    # A dead or cancelled job
+    now:float   # Seconds since 1970
+):
+    "Make a job due, whatever it was to run after, and let those wait for it that were cancelled because of it."
+    def put(seq, st, waits):
+        sql = ('UPDATE jobs SET st=?, waits=?, run_at=iif(?,run_at,?), lost=attempt, crashes=0, finished_at=NULL, '
+               'until=NULL, error=NULL WHERE seq=? RETURNING attempt')
+        attempt = cx.execute(sql, (st, waits, waits, now, seq)).fetchall()[0][0]
+        note(cx, [(seq, 'queued', attempt, None)], now)
+        return seq
+    cx.execute('DELETE FROM deps WHERE child=?', (seq,))
+    line = [put(seq, DUE, 0)]
+    for s in line: # it grows
+        while rows := cx.execute(_would_wait, (s,)).fetchall(): line.append(put(rows[0][0], BLOCKED, rows[0][1]))
+
 # %% ../nbs/api/14_tables.ipynb #d34a6712
 _ended = """UPDATE jobs SET st=d.st, finished_at=?1, until=?1+keep, value=CAST(d.value AS BLOB),
 error=CAST(d.error AS BLOB) FROM (SELECT value->>0 seq, value->>1 attempt, value->>2 st, value->>3 value,
@@ -313,29 +336,6 @@ def to_tell(
     if not (asked := {s: _readable_notices(what) for s,what in rows}): return []
     jobs = cx.execute(f'{job_sql} WHERE j.seq {json_in}', (json_list(asked),)).fetchall()
     return [c for r in jobs for c in deliveries(readable(r), asked[r[-1]])]
-
-# %% ../nbs/api/14_tables.ipynb #91e7dd23
-_would_wait = """SELECT c.seq, (SELECT count(*) FROM deps WHERE child=c.seq) FROM deps d JOIN jobs c ON c.seq=d.child
-WHERE d.parent=? AND c.st=6 AND NOT EXISTS(SELECT 1 FROM jobs k WHERE k.key=c.key AND k.st<4) AND NOT EXISTS(
-  SELECT 1 FROM deps o LEFT JOIN jobs p ON p.seq=o.parent WHERE o.child=c.seq AND ifnull(p.st,6)>=5)
-ORDER BY c.seq LIMIT 1"""
-
-def queue_again(
-    cx:Any,     # A connection in a transaction
-    seq:int,    # A dead or cancelled job
-    now:float   # Seconds since 1970
-):
-    "Make a job due, whatever it was to run after, and let those wait for it that were cancelled because of it."
-    def put(seq, st, waits):
-        sql = ('UPDATE jobs SET st=?, waits=?, run_at=iif(?,run_at,?), lost=attempt, crashes=0, finished_at=NULL, '
-               'until=NULL, error=NULL WHERE seq=? RETURNING attempt')
-        attempt = cx.execute(sql, (st, waits, waits, now, seq)).fetchall()[0][0]
-        note(cx, [(seq, 'queued', attempt, None)], now)
-        return seq
-    cx.execute('DELETE FROM deps WHERE child=?', (seq,))
-    line = [put(seq, DUE, 0)]
-    for s in line: # it grows
-        while rows := cx.execute(_would_wait, (s,)).fetchall(): line.append(put(rows[0][0], BLOCKED, rows[0][1]))
 
 # %% ../nbs/api/14_tables.ipynb #4a380adb
 def forget(
