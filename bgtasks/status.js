@@ -105,6 +105,7 @@ class JobStatus extends HTMLElement {
   }
 
   progress({done, total, message}) {
+    if (this.asking) this.again = true // what is on its way may be older than this
     const bar = this.querySelector('[role=progressbar]'), text = this.querySelector('[data-part=message]')
     if (bar) {
       const share = total ? Math.min(done / total, 1) : undefined

@@ -39,7 +39,8 @@ def _far(p):
     if not p: return ''
     return ' · '.join(o for o in (f'{_n(p.done)} / {_n(p.total)}' if p.total else _n(p.done), p.message) if o)
 
-def _result(job):
+def _result(job, shown):
+    if shown is not True: return shown
     if job.state is not State.succeeded or job.result is None: return None
     text = job.result if isinstance(job.result, str) else json.dumps(job.result, ensure_ascii=False, indent=1)
     if len(text) <= 200: return ft('p', text, data_part='result')
@@ -52,6 +53,7 @@ def job_status(
     *inside:Any,         # What else it shows, below the bar
     title:str|None=None, # What it is to the person who waits; made of the name of the task if missing
     prefix:str='/jobs',  # Where `routes` are
+    result:Any=True,     # What it shows of the result: `True`: as text; or something of your own
     cancel:bool=False,   # Is there a button to cancel it?
     notify:bool=False,   # Is there a button to allow notifications of the browser?
     words:dict[str, str]={} # Other words for the states, and for `'cancel'`, `'notify'` and `'offline'`
@@ -67,7 +69,7 @@ def job_status(
         ft('header', ft('strong', title, data_part='title', data_keep='title'),
            ft('span', said[job.state]+again, data_part='state')),
         _bar(job, title),
-        ft('p', _far(job.progress), data_part='message'), *inside, _result(job),
+        ft('p', _far(job.progress), data_part='message'), *inside, _result(job, result),
         ft('p', str(job.error), data_part='error') if failed else None,
         ft('p', said['offline'], data_part='offline'),
         ft('div', *buttons, data_keep='buttons') if buttons else None,

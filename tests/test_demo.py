@@ -136,13 +136,14 @@ def test_a_taken_port_is_no_obstacle(tmp_path):
             assert httpx2.get(demo.url).status_code==200
 
 def card(demo, path):
-    return BeautifulSoup(httpx2.get(demo.url+path, headers=HTMX).text, 'html.parser').select_one('.card')
+    html = httpx2.get(demo.url+path, headers={'Accept': 'text/html'}).text
+    return BeautifulSoup(html, 'html.parser').select_one('job-status')
 
 def sent(demo, kind, **kw):
     "Post something, and give the address of its card"
     res = httpx2.post(f'{demo.url}/{kind}', headers=HTMX, **kw)
     assert res.status_code==202
-    return BeautifulSoup(res.text, 'html.parser').select_one('.card')['hx-get']
+    return BeautifulSoup(res.text, 'html.parser').select_one('job-status')['src']
 
 def stored(data):
     with sqlite3.connect(f'file:{data}?mode=ro', uri=True) as db: return db.execute('select line from rows').fetchall()
@@ -165,7 +166,7 @@ def test_kill_9_loses_nothing(tmp_path, signs):
         assert all(o.stat().st_mode & 0o777 == 0o600 for o in tmp_path.glob('kept*.db'))
     with Demo(tmp_path, *args, *quick) as demo: # the service is at another port now, and in a better mood
         assert soon(lambda: [card(demo, o)['data-state'] for o in (call, file)]==['succeeded']*2, 40)
-        assert len(card(demo, call).select('time'))==2 and '368 of 368 rows' in card(demo, file).text
+        assert len(card(demo, call).select('time'))==2 and '368 / 368' in card(demo, file).text
         assert 'after a crash' in card(demo, file).text
         demo.end(signal.SIGTERM)
     assert len(stored(data))==len(set(stored(data)))==368
@@ -201,28 +202,34 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
     void.write_bytes(b'')
     with Demo(tmp_path, '--port', 0, '--service-port', 0) as demo:
         browser.get(demo.url)
-        assert browser.title=='Background tasks at work' and not find('.card')
+        assert browser.title=='Background tasks at work' and not find('job-status')
         shoot(browser, 'demo-new')
         # two presses are answered while the service thinks about the first one, and the file is on its way beside them
         for n in (1, 2):
             find('form[action="/calls"] button')[0].click()
-            assert soon(lambda: len(find('#call_service .card.running'))==n)
+            assert soon(lambda: len(find('#call_service [data-state=running]'))==n)
         upload(signs)
-        assert soon(lambda: find('#process_upload .card.running progress[value]:not([value="0"])'))
-        assert 'answered in' in text('form[action="/calls"] output') and len(find('#call_service .card.running'))==2
+        assert soon(lambda: find('#process_upload [data-state=running] progress[value]:not([value="0"])'))
+        assert 'answered in' in text('form[action="/calls"] output')
+        assert len(find('#call_service [data-state=running]'))==2
         shoot(browser, 'demo-working')
         # both ends are reached without another press, and then nothing is asked any more
-        assert soon(lambda: len(find('#call_service .succeeded'))==2 and find('#process_upload .succeeded'), 40)
-        assert all(len(o.find_elements('css selector', 'time'))==2 for o in find('#call_service .card'))
-        assert '368 of 368 rows' in text('#process_upload') and not find('[hx-trigger]')
+        done = '#call_service [data-state=succeeded], #process_upload [data-state=succeeded]'
+        assert soon(lambda: len(find(done))==3, 40)
+        assert all(len(o.find_elements('css selector', 'time'))==2 for o in find('#call_service job-status'))
+        assert '368 / 368' in text('#process_upload')
+        assert soon(lambda: len(find('.job-toast[data-state=succeeded]'))==3)
+        shoot(browser, 'demo-told')
+        find('.job-toast button')[0].send_keys('\ue00c\ue00c\ue00c') # three times Escape
+        assert soon(lambda: not find('.job-toast'))
         # what is refused says why, where it is read out; what is faulty is counted; a name stays a name
         upload(void)
         assert soon(lambda: text('#refused')=='void.csv is empty.')
         browser.refresh()
         upload(messy)
-        assert soon(lambda: '10 of 10 rows 2 faulty' in ' '.join(text('#process_upload').split()))
+        assert soon(lambda: '10 / 10 · 2 faulty' in ' '.join(text('#process_upload').split()))
         find('details summary')[0].click()
-        assert '2 of 5 columns' in text('details li') and not find('.card b') and not find('#refused:not(:empty)')
+        assert '2 of 5 columns' in text('details li') and not find('job-status b') and not find('#refused:not(:empty)')
         # a service that is down is a failed request on the page
         os.kill(int(re.search(r'kill (\d+)', demo.said)[1]), signal.SIGKILL)
         find('form[action="/calls"] button')[0].click()
@@ -231,7 +238,7 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
         shoot(browser, 'demo-done')
         # all it loaded came from the demo itself
         loaded = browser.execute_script("return performance.getEntriesByType('resource').map(o => o.name)")
-        assert {o.rpartition('/')[2] for o in loaded} >= {'demo.js', 'demo.css'}
+        assert {o.rpartition('/')[2] for o in loaded} >= {'demo.js', 'demo.css', 'script', 'style'}
         assert all(o.startswith((demo.url+'/', 'data:')) for o in loaded), loaded
         # and when it is gone, the page says so
         demo.end(signal.SIGTERM)
