@@ -228,6 +228,7 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
         browser.refresh()
         upload(messy)
         assert soon(lambda: '10 / 10 · 2 faulty' in ' '.join(text('#process_upload').split()))
+        assert soon(lambda: find('details summary'))
         find('details summary')[0].click()
         assert '2 of 5 columns' in text('details li') and not find('job-status b') and not find('#refused:not(:empty)')
         # a service that is down is a failed request on the page
