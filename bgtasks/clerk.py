@@ -53,7 +53,7 @@ def _turn(store, items):
         if item: yield item,_attempt(item[2])
 
 # %% ../nbs/api/24_clerk.ipynb #a4a7ce76
-def _settle(answers):
+def _answer(answers):
     "Give the answers to those who still wait for them."
     for future,value,error in answers:
         if future.done(): continue
@@ -69,7 +69,7 @@ def _serve(store, inbox):
         by_loop = defaultdict(list)
         for (loop,future,_),(value,error) in _turn(store, items): by_loop[loop].append((future, value, error))
         for loop,answers in by_loop.items():
-            with suppress(RuntimeError): loop.call_soon_threadsafe(_settle, answers) # a loop may be closed by now
+            with suppress(RuntimeError): loop.call_soon_threadsafe(_answer, answers) # a loop may be closed by now
         items = by_loop = answers = future = value = error = None # while it waits, the thread keeps nothing alive
 
 # %% ../nbs/api/24_clerk.ipynb #a10b6d6a

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any
 
 from fastcore.basics import patch
+
 from .attempt import attempt, verdict
 from .deliver import know_deliveries
 from .errors import BadOption
