@@ -106,15 +106,16 @@ def _facts(news) -> dict[str, str]:
 
 # %% ../nbs/api/28_mail.ipynb #9644f8f4
 _subject = '{task}: {state}'
-_plain = 'The job {id} of {task} is {state}, after attempt {attempt}, at {finished}.\n'
-_rich = '<p>The job <code>{id}</code> of <b>{task}</b> is <b>{state}</b>, after attempt {attempt}, at {finished}.</p>\n'
+_plain = 'The job {id} of {task} %s at {finished}, after {attempt} attempt(s).\n'
+_rich = '<p>The job <code>{id}</code> of {task} <b>%s</b> at {finished}, after {attempt} attempt(s).</p>\n'
+_became = dict(succeeded='succeeded', dead='died', cancelled='was cancelled')
 _more = {'result': ('\nResult: {result}\n', '<p>Result:</p><pre>{result}</pre>\n'),
          'error': ('\n{error}\n', '<p>{error}</p>\n'), 'traceback': ('\n{traceback}\n', '<pre>{traceback}</pre>\n')}
 
 def _default(news, facts, rich) -> str:
     "The template of a mail for which none was given."
     there = dict(result=news.get('result') is not None, error=facts['error'], traceback=facts['traceback'])
-    return (_rich if rich else _plain) + ''.join(_more[k][rich] for k,v in there.items() if v)
+    return (_rich if rich else _plain) % _became[news['state']] + ''.join(_more[k][rich] for k,v in there.items() if v)
 
 # %% ../nbs/api/28_mail.ipynb #1c8284dd
 def compose(
