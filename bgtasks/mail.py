@@ -98,10 +98,11 @@ def check_template(
 
 def _facts(news) -> dict[str, str]:
     "What templates are filled with: text that is safe to send."
-    error,at = news.get('error') or {},datetime.fromtimestamp(news['finished_at'], UTC)
+    error,at,res = news.get('error') or {},datetime.fromtimestamp(news['finished_at'], UTC),news.get('result')
     says = ': '.join(o for o in (error.get('type'), error.get('message')) if o)
-    given = {k: news.get(k) for k in _words} | dict(error=says, traceback=error.get('traceback') or '',
-        finished=f'{at:%Y-%m-%d %H:%M:%S} UTC', result=json.dumps(news.get('result'), ensure_ascii=False))
+    if not isinstance(res, str): res = json.dumps(res, ensure_ascii=False)
+    given = {k: news.get(k) for k in _words} | dict(error=says, traceback=error.get('traceback') or '', result=res,
+        finished=f'{at:%Y-%m-%d %H:%M:%S} UTC')
     return {k: str('' if v is None else v).encode('utf-8', 'replace').decode() for k,v in given.items()}
 
 # %% ../nbs/api/28_mail.ipynb #9644f8f4
