@@ -19,8 +19,12 @@ for n in range(50): send(n)
 start = time.perf_counter()
 for n in range({n}): send(n)
 print(json.dumps((time.perf_counter()-start)/{n}))'''
+CELERY = [sys.executable, '-m', 'celery', '-A', 'engine_celery', 'worker', '-c', '1', '--without-gossip',
+          '--without-mingle', '--without-heartbeat']
 DRAMATIQ = [sys.executable, '-m', 'dramatiq', 'engine_dramatiq', '-p', '1', '-t', '8']
 ENGINES = { # the app to import, its broker, and the command of its workers
+    'celery-redis': ('engine_celery', 'redis', CELERY),
+    'celery-rabbitmq': ('engine_celery', 'rabbitmq', CELERY),
     'dramatiq-redis': ('engine_dramatiq', 'redis', DRAMATIQ),
     'dramatiq-rabbitmq': ('engine_dramatiq', 'rabbitmq', DRAMATIQ)}
 

@@ -17,7 +17,7 @@ from uuid import UUID
 
 from .checks import Order, _say
 from .errors import BadArguments, BgTasksError, JobCancelled, JobFailed, Unsupported, WaitTimeout
-from .job import State
+from .job import Notice, State
 from .store import supports
 from .trial import BrokenPromise
 from .worker import Worker
@@ -290,7 +290,7 @@ def _(c):
 
 # %% ../nbs/api/52_conform.ipynb #c3c13dc4
 _options = dict(priority=[dict(priority=1)], retries=[dict(retries=1)], timeout=[dict(timeout=1)], key=[dict(key='k')],
-                cron=[dict(cron='* * * * *'), dict(every=60)], notify=[dict(notify='x')],
+                cron=[dict(cron='* * * * *'), dict(every=60)], notify=[dict(notify=Notice(task='tell'))],
                 process=[dict(runner='process')])
 _usings = dict(delay=[dict(delay=1), dict(run_at=1.0)], after=[dict(after='x')], **{
     k: v for k,v in _options.items() if k in ('priority', 'retries', 'timeout', 'key')})

@@ -180,6 +180,7 @@ class Engine(Backend):
         "Record calls and send their messages; if the broker fails half-way, the error names those that were sent."
         for c in calls:
             if c.after: self.refuse('after', f'{c.task}: after={c.after!r}')
+            if c.notify: self.refuse('notify', f'{c.task}: notify={c.notify!r}')
         now = time.time()
         new = [message_of(c, now) for c in calls]
         owners = self.records.add(new) if self.records else ['']*len(new)

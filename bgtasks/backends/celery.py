@@ -6,21 +6,29 @@
 __all__ = ['CeleryBackend', 'Ticks']
 
 # %% ../../nbs/api/54_celery.ipynb #af8566c9
+import os, re, threading
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import time
 from typing import Any
+from uuid import uuid4
 
-from celery import Celery
+from celery import Celery, signals
 from celery.exceptions import Reject
 from celery.schedules import BaseSchedule, schedstate
 from fastcore.basics import patch
 from kombu import Exchange, Queue
 from kombu.exceptions import KombuError
+from msgspec import json
 
 from ..engine import Engine, work
 from ..errors import BackendUnavailable, BadOption, Unusable
-from ..message import Message, write_message
+from ..job import Call, Job
+from ..link import Link, impatient, together
+from ..message import Message, job_of, message_of, write_message
 from ..records import Records
 from ..schedule import due
 
@@ -89,7 +97,16 @@ class CeleryBackend(Engine):
         if self.kind=='other' or app.conf.task_default_queue_type=='quorum':
             self.supports_priority = False
             self.instead = self.instead | dict(priority='use a named queue, with workers of its own')
+        self.line,self._mine,self._patterns = None,threading.local(),{}
+        if url := self.kind=='redis' and _plain_redis(app): self._link(url)
         for name in queues: self._serve(name)
+
+    def _link(self, url):
+        "Find the way to the broker, which may be that to the records."
+        from redis import Redis
+        self.line = Link(impatient(Redis.from_url(url), 3.0))
+        if self.records and self.records.link.where==self.line.where:
+            self.line,self.supports_all_or_none = self.records.link,True
 
     def __repr__(self):
         return f"CeleryBackend({self.app.main or 'app'}, {self.kind}, {self.records or 'no records'})"
@@ -155,24 +172,106 @@ def _order(self, m):
     if not self.supports_priority: return {}
     return dict(priority=9-m.priority if self.kind=='redis' else m.priority)
 
-@patch
-def send(self:CeleryBackend, parcels:Sequence[tuple[Message, float]]) -> None:
-    "Publish messages, or raise `BackendUnavailable` within seconds."
-    sent,publish = [],self.app.send_task
-    try:
-        with self.app.producer_or_acquire() as producer:
-            for m,wait in parcels:
-                publish(m.task, (write_message(m),), task_id=m.id, queue=self.queues[m.queue], countdown=wait or None,
-                        argsrepr='', kwargsrepr='', ignore_result=True, producer=producer, retry_policy=_quick,
-                        **_order(self, m))
-                sent.append(m.id)
-    except (KombuError, OSError) as e:
-        what = f'{len(sent)} of {len(parcels)} jobs were sent' if sent else 'nothing was sent'
+def _post(self, producer, m, wait):
+    self.app.send_task(m.task, (write_message(m),), task_id=m.id, queue=self.queues[m.queue], countdown=wait or None,
+                       argsrepr='', kwargsrepr='', ignore_result=True, producer=producer, retry_policy=_quick,
+                       **_order(self, m))
+
+@contextmanager
+def _reached(self, sent=()):
+    "Say of a broker that can't be reached that this is so, and what was `sent` before."
+    from redis.exceptions import RedisError
+    try: yield
+    except (KombuError, RedisError, OSError) as e:
+        if isinstance(e, BackendUnavailable): raise
+        what = f'{len(sent)} jobs were sent before' if sent else 'nothing was sent'
         error = BackendUnavailable(f"Celery's broker ({self.kind}) can't be reached, {what}: {e}")
         error.sent = tuple(sent)
         raise error from None
 
+@patch
+def send(self:CeleryBackend, parcels:Sequence[tuple[Message, float]]) -> None:
+    "Publish messages, or raise `BackendUnavailable` within seconds."
+    sent = []
+    with _reached(self, sent):
+        if self.line is not None: return self._go([self._written(m, wait) for m,wait in parcels])
+        with self.app.producer_or_acquire() as producer:
+            for m,wait in parcels:
+                _post(self, producer, m, wait)
+                sent.append(m.id)
 
+# %% ../../nbs/api/54_celery.ipynb #393ce9ad
+def _plain_redis(app) -> str|None:
+    "The URL of a broker that is one Redis and nothing more."
+    url,options = app.conf.broker_write_url or app.conf.broker_url,app.conf.broker_transport_options
+    if not isinstance(url, str) or app.conf.broker_use_ssl or {'global_keyprefix', 'sep'} & set(options): return
+    if re.fullmatch(r'redis://[^;]+?(/\d*)?|redis\+socket://[^;?]+', url): return url.replace('redis+socket:', 'unix:')
+
+class _Press:
+    "Writes messages as Celery does, and sends none."
+    def __init__(self, backend):
+        self.backend,self.caught = backend,[]
+        self.line = backend.app.connection_for_write()
+        self.channel = self.line.channel()
+        self.channel._put = lambda queue, message, **_: self.caught.append((queue, message))
+        self.producer = backend.app.amqp.Producer(self.channel, auto_declare=False)
+
+    def write(self, m, wait) -> tuple[str, dict]:
+        "The list for a message, and its entry."
+        _post(self.backend, self.producer, m, wait)
+        queue,entry = self.caught.pop()
+        return self.channel._q_for_pri(queue, entry['properties']['priority']), entry
+
+@patch
+def _written(self:CeleryBackend, m, wait) -> tuple:
+    "The command for Redis that sends a message."
+    heard = signals.before_task_publish.receivers or signals.after_task_publish.receivers
+    at = os.getpid(),m.task,m.queue,m.priority
+    fresh = heard or self.app.conf.task_send_sent_event or self.app.current_worker_task
+    if not fresh and at in self._patterns: where,entry = self._patterns[at]
+    else:
+        if getattr(self._mine, 'pid', None)!=os.getpid(): self._mine.press,self._mine.pid = _Press(self),os.getpid()
+        where,entry = self._mine.press.write(m, wait)
+        if fresh: return 'LPUSH', where, json.encode(entry)
+        self._patterns[at] = where,entry
+    return 'LPUSH', where, json.encode(_copied(entry, m, wait))
+
+_no_callbacks = dict.fromkeys(('callbacks', 'errbacks', 'chain', 'chord'))
+
+def _copied(entry, m, wait):
+    "An entry like `entry`, for another message of the same task."
+    eta = (datetime.now(UTC)+timedelta(seconds=wait)).isoformat() if wait else None
+    body = b64encode(json.encode([[write_message(m)], {}, _no_callbacks])).decode()
+    headers = entry['headers'] | dict(id=m.id, root_id=m.id, eta=eta)
+    props = entry['properties'] | dict(correlation_id=m.id, delivery_tag=str(uuid4()))
+    return entry | dict(body=body, headers=headers, properties=props)
+
+# %% ../../nbs/api/54_celery.ipynb #2a683df1
+@patch
+def _go(self:CeleryBackend, commands):
+    if len(commands) <= 2: self.line.ask(*commands) # Redis does not look at anybody else in between
+    else: together(self.line, *commands)
+
+@patch
+def add(self:CeleryBackend, calls:Sequence[Call]) -> list[Job]:
+    "Record calls and send their messages."
+    if not (self.records and calls) or any(c.key or c.after or c.notify for c in calls):
+        return super(CeleryBackend, self).add(calls)
+    now = time()
+    new = [message_of(c, now) for c in calls]
+    parcels,records = [(m, min(max(m.run_at-now, 0), self.longest)) for m in new],self.records.add_commands(new)
+    if self.line is None or self.line is not self.records.link: self._add_beside(parcels, records)
+    else:
+        with _reached(self): self._go(records + [self._written(m, wait) for m,wait in parcels])
+    return [job_of(m) for m in new]
+
+@patch
+def _add_beside(self:CeleryBackend, parcels, records):
+    try:
+        with _reached(self): self.records.link.ask(*records, meanwhile=partial(self.send, parcels))
+    except BackendUnavailable as e:
+        self._take_back([m for m,_ in parcels if m.id not in e.sent])
+        raise
 
 # %% ../../nbs/api/54_celery.ipynb #740a2cc2
 class Ticks(BaseSchedule):
