@@ -9,6 +9,7 @@ __all__ = ['find_queue', 'Herd', 'worker', 'move_jobs']
 import asyncio, importlib, logging, multiprocessing, os, signal, sys, time
 from functools import partial
 from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 import click
@@ -57,13 +58,17 @@ def _refuse(place, queue):
         raise BadOption(f'{place} hands its jobs to {queue.store!r}, which has workers of its own: '
                         f'{queue.store.worker_command}')
 
+def _end_with_parent():
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
 def _serve(place, options):
     "What a worker process does."
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     sys.setswitchinterval(.001)
     _say_more()
-    try: asyncio.run(Worker(find_queue(place), **options).run())
-    except KeyboardInterrupt: pass
+    asyncio.run(Worker(find_queue(place), **options).run())
     logging.shutdown()
     os._exit(0) # a thread that hangs must not keep the process
 
@@ -86,7 +91,7 @@ class Herd:
         "Start the processes and watch them; return when all have ended after a stop."
         before = {s: signal.signal(s, self._signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self.processes = [self._new() for _ in range(self.n)]
+            while len(self.processes) < self.n and not self.stopping: self._new(len(self.processes))
             while self.processes: self._watch()
         finally:
             for s,handler in before.items(): signal.signal(s, handler)
@@ -97,11 +102,12 @@ class Herd:
         for p in self.processes:
             if p.is_alive(): p.terminate()
 
-    def _new(self):
-        p = self.start()
+    def _new(self, i):
+        "Start a process in place `i`; it is listed before, for a signal may come at any time."
+        self.processes[i:i+1] = [p := self.start()]
         p.start()
         p.since = time.monotonic()
-        return p
+        if self.stopping: p.terminate()
 
     def _watch(self):
         wait([p.sentinel for p in self.processes], timeout=.5)
@@ -115,13 +121,14 @@ class Herd:
         if time.monotonic()-p.since < self.pause: time.sleep(self.pause)
         if self.stopping: return
         self.log.warning('Worker process %s ended with exit code %s; another one takes its place', p.pid, p.exitcode)
-        self.processes[i] = self._new()
+        self._new(i)
 
     def _signal(self, number, frame):
         if not self.stopping:
             self.log.info('Told to stop by %s: what runs may end; once more to end it now', signal.Signals(number).name)
             return self.stop()
-        for p in self.processes: p.kill()
+        for p in self.processes:
+            if p.is_alive(): p.kill()
         os._exit(128+number)
 
 # %% ../nbs/api/55_command.ipynb #4858897c
@@ -140,9 +147,11 @@ class Herd:
 def worker(place, processes, queues, **options):
     "Run the jobs of a queue: bgtasks worker app:queue --processes 2"
     _say_more()
-    try: _refuse(place, queue := find_queue(place))
+    if queues is not None: options['queues'] = [q.strip() for q in queues.split(',') if q.strip()]
+    try:
+        _refuse(place, queue := find_queue(place))
+        Worker(queue, **options) # which checks them
     except BadOption as e: raise click.ClickException(str(e)) from None
-    if queues: options['queues'] = [q.strip() for q in queues.split(',') if q.strip()]
     logging.getLogger('bgtasks').info('%s: %d tasks, %d processes', place, len(queue.tasks), processes)
     queue.close()
     Herd(processes, _serve, place, options).run()

@@ -6,9 +6,9 @@
 __all__ = ['Worker']
 
 # %% ../nbs/api/40_worker.ipynb #4fcc133e
-import asyncio, logging, os, secrets, signal, socket, time
+import asyncio, logging, os, secrets, socket
 from collections.abc import Collection
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import copy_context
 from time import monotonic
 from typing import Any
@@ -17,11 +17,12 @@ from fastcore.basics import patch
 
 from .attempt import attempt, verdict
 from .deliver import know_deliveries
-from .errors import BadOption
+from .errors import BadOption, StoreError
 from .job import Done, Outcome, State
 from .periodic import Periodic
 from .report import Reports, keep_logs
 from .run import _limits, set_limits
+from .signals import on_signals
 from .threads import Threads, from_threads
 from .turn import Lane, Turn
 
@@ -36,10 +37,17 @@ class _Attempt:
         self.since,self.stopped = monotonic(),None
 
 # %% ../nbs/api/40_worker.ipynb #12e06ed5
-def _check(**options):
+def _check(kinds, **options):
+    what = 'a whole number' if kinds is int else 'a number'
     for k,(v,low) in options.items():
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not v >= low:
-            raise BadOption(f'Worker({k}={v!r}): must be a number, {low} or more')
+        if isinstance(v, bool) or not isinstance(v, kinds) or not v >= low:
+            raise BadOption(f'Worker({k}={v!r}): must be {what}, {low} or more')
+
+def _names(queues):
+    if isinstance(queues, str): raise BadOption(f'Worker(queues={queues!r}): give a list of names: [{queues!r}]')
+    names = queues if queues is None else tuple(queues)
+    if names is None or names and all(isinstance(q, str) for q in names): return names
+    raise BadOption(f'Worker(queues={queues!r}): give the names of one or more queues, or None for all')
 
 # %% ../nbs/api/40_worker.ipynb #42de286f
 class Worker:
@@ -56,12 +64,12 @@ class Worker:
         max_crashes:int=3,                 # A job that has taken its worker down more often than this is dead
         name:str|None=None                 # Different from all others; made up if missing
     ):
-        _check(concurrency=(concurrency, 1), threads=(threads, 1), lease=(lease, .5), grace=(grace, 0),
-               max_crashes=(max_crashes, 0))
-        if processes is not None: _check(processes=(processes, 1))
-        if isinstance(queues, str): raise BadOption(f'Worker(queues={queues!r}): give a list of names: [{queues!r}]')
+        _check(int, concurrency=(concurrency, 1), threads=(threads, 1), max_crashes=(max_crashes, 0))
+        _check((int, float), lease=(lease, .5), grace=(grace, 0))
+        if name is not None and not isinstance(name, str): raise BadOption(f'Worker(name={name!r}): give a text')
+        if processes is not None: _check(int, processes=(processes, 1))
         if processes is not None: set_limits(processes=processes)
-        self.queue,self.queues,self.lease,self.grace,self.max_crashes = queue,queues,lease,grace,max_crashes
+        self.queue,self.queues,self.lease,self.grace,self.max_crashes = queue,_names(queues),lease,grace,max_crashes
         self.limits = {None:concurrency, 'thread':threads, 'process':_limits['processes']}
         self.name,self._given,self._pump_task,self._periodic = name,name,None,Periodic(queue)
 
@@ -80,7 +88,7 @@ def _reset(self:Worker):
     self.name = self._given or f'{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}'
     self._loop,self._context,self._threads = asyncio.get_running_loop(),copy_context(),Threads()
     self._lanes = {k: Lane(self._threads if k=='thread' else k, n) for k,n in self.limits.items()}
-    self._running,self._done = {},[] # attempts by (seq, attempt); verdicts to write
+    self._tasks,self._running,self._done = None,{},[] # tasks in lanes; attempts by (seq, attempt); verdicts to write
     self._reports = Reports(from_threads(self._loop, self._reported))
     self._stir,self._told,self._empty = asyncio.Event(),asyncio.Event(),asyncio.Event()
     self._stopping,self._closed,self._trouble,self._turn = False,False,0,None
@@ -119,7 +127,7 @@ async def _one(self:Worker, a):
     reporter = self._reports.reporter(*a.key)
     try: out = await attempt(a.job, a.task, a.lane.runner, self.queue.middleware, reporter)
     except GeneratorExit: raise
-    except asyncio.CancelledError as e: out = None if asyncio.current_task().cancelling() else Outcome(error=e)
+    except asyncio.CancelledError as e: out = None if a.stopped or self._pump_task.cancelling() else Outcome(error=e)
     except BaseException as e: out = Outcome(error=e)
     self._end(a, out)
 
@@ -131,7 +139,7 @@ def _end(self:Worker, a, out):
     a.lane.ended += 1
     if a.stopped=='lost': _log.info('Job %s (%s) was stopped, what it gave is dropped', a.job.id, a.job.task)
     elif out is None or a.stopped and out.error: self._give_back(a.job)
-    else: self._done.append(verdict(a.job, a.task, out, time.time()))
+    else: self._done.append(verdict(a.job, a.task, out, self.queue.clock()))
     if a.lane.ready: self._fill(a.lane)
     if not self._running: self._ask_at = 0 # nothing to do: look again before going to sleep
     self._stir.set()
@@ -173,9 +181,9 @@ def _held(self:Worker, turn):
 
 @patch
 def _sort_tasks(self:Worker):
-    "Tell each lane which tasks are its own; tasks may be added at any time."
-    if sum(len(l.names) for l in self._lanes.values())==len(self.queue.tasks): return
-    kinds = {t.name: t.runner or (None if t.is_async else 'thread') for t in tuple(self.queue.tasks.values())}
+    "Tell each lane which tasks are its own; tasks may be added, or declared anew, at any time."
+    if (tasks := [*self.queue.tasks.values()])==self._tasks: return
+    self._tasks,kinds = tasks,{t.name: t.runner or (None if t.is_async else 'thread') for t in tasks}
     for kind,lane in self._lanes.items(): lane.names = [n for n,k in kinds.items() if k==kind]
 
 @patch
@@ -312,18 +320,29 @@ async def start(self:Worker):
     if self._pump_task is not None: raise BadOption(f'{self} runs already; make another Worker to have two')
     self._reset()
     keep_logs()
+    first = Turn(self.name, self.lease)
+    first.max_crashes = self.max_crashes # before the name is ours: who had it last may have been killed
+    self._digest(await self.queue.do(first.take, self.queue.store))
     await self.queue.do(self.queue.store.join, self.name)
-    self._wake,self._fd = from_threads(self._loop, self._added),None
+    self._wake = from_threads(self._loop, self._added)
     self.queue.wakers.add(self._wake)
-    with suppress(NotImplementedError): # an event loop that can't watch files: the worker looks once a second
-        if (fd := self.queue.store.wait_fd(news=True)) is not None:
-            self._fd = fd
-            self._loop.add_reader(fd, self._heard)
+    self._listen()
     know_deliveries(self.queue)
     self._sort_tasks()
     self._pump_task = self._loop.create_task(self._pump())
     self._periodic.start()
     _log.info('Worker %s has started', self.name)
+
+@patch
+def _listen(self:Worker):
+    "Listen for the bell; a worker that can't looks once a second."
+    self._fd = None
+    try:
+        if (fd := self.queue.store.wait_fd(news=True)) is None: return
+        self._loop.add_reader(fd, self._heard)
+        self._fd = fd
+    except NotImplementedError: pass # an event loop that can't watch files
+    except StoreError as e: _log.warning('Worker %s looks for work of other processes once a second: %s', self.name, e)
 
 @patch
 async def stop(self:Worker):
@@ -365,29 +384,13 @@ async def _close(self:Worker):
     _log.info('Worker %s has stopped', self.name)
 
 # %% ../nbs/api/40_worker.ipynb #b548a6c0
-@contextmanager
-def _on_signals(loop, first):
-    "Call `first` on SIGTERM or SIGINT; a second one has its usual effect."
-    signals = []
-    def forget():
-        while signals: loop.remove_signal_handler(signals.pop())
-    def told():
-        forget()
-        first()
-    for s in (signal.SIGTERM, signal.SIGINT):
-        with suppress(NotImplementedError, ValueError, RuntimeError): # not in the main thread, or not on this system
-            loop.add_signal_handler(s, told)
-            signals.append(s)
-    try: yield
-    finally: forget()
-
 @patch
 async def run(self:Worker,
     until_empty:bool=False # Return when no job is due?
 ):
     "Take jobs until told to stop by a signal, or until none is due."
     async with self:
-        with _on_signals(self._loop, self._told.set):
+        with on_signals(self._loop, self._told.set):
             ends = [asyncio.ensure_future(o.wait()) for o in [self._told]+[self._empty]*until_empty]
             try: await asyncio.wait([self._pump_task, *ends], return_when=asyncio.FIRST_COMPLETED)
             finally:

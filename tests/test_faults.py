@@ -171,6 +171,17 @@ def test_a_fork_with_an_open_store(path):
     assert ran(code, path)==['0', '1', '2']
     assert sound(path)
 
+@posix
+def test_a_forked_child_does_not_keep_its_parents_worker_alive(path):
+    "One that a task has made, say, and that outlives the worker"
+    code = '''
+        store = SQLiteStore(sys.argv[1]); store.join('w'); store.add(calls()); store.claim('w', ['t'])
+        if os.fork()==0: os.close(1); os.close(2); time.sleep(20); os._exit(0)
+        sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)
+        '''
+    ran(code, path, code_=-signal.SIGKILL)
+    assert [j.state.value for j in SQLiteStore(path).sweep()]==['queued']
+
 def test_a_fork_with_a_store_in_memory():
     if not hasattr(os, 'fork'): pytest.skip('no fork here')
     code = '''

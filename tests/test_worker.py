@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec, pytest
 
+from bgtasks.errors import StoreError
 from bgtasks.job import Call, Done, State, new_id
 from bgtasks.queue import TaskQueue
 from bgtasks.sqlite import SQLiteStore
@@ -73,11 +74,11 @@ def queue(folder):
 
 class Command:
     "`bgtasks worker app:queue` in a process of its own"
-    def __init__(self, folder, *words):
+    def __init__(self, folder, *words, **kw):
         code = 'from bgtasks.command import worker; worker()'
         env = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}')
         self.p = subprocess.Popen([sys.executable, '-c', code, 'app:queue', *words], cwd=folder, env=env, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
     def __enter__(self): return self
     def __exit__(self, *_):
         if self.p.poll() is None: self.p.send_signal(signal.SIGTERM)
@@ -143,6 +144,46 @@ def test_second_signal_ends_at_once(folder, queue):
         assert c.p.poll() is None
         c.p.send_signal(signal.SIGTERM)
         assert c.p.wait(30)==128+signal.SIGTERM
+
+def test_ctrl_c_lets_jobs_end(folder, queue):
+    "A terminal sends it to the command and to its worker processes: these take it for one signal, not for two"
+    with Command(folder, start_new_session=True) as c:
+        job = record(queue, 'wait', 1)
+        until(lambda: state(queue, job)=='running')
+        os.killpg(c.p.pid, signal.SIGINT)
+        said = c.p.communicate(timeout=60)[0]
+    assert c.p.returncode==0 and state(queue, job)=='succeeded', said
+
+def test_workers_end_when_their_parent_is_killed(folder, queue):
+    with Command(folder) as c:
+        job = record(queue, 'pid')
+        until(lambda: state(queue, job)=='succeeded')
+        c.p.kill()
+        said = c.p.communicate(timeout=60)[0] # to its end: nobody holds the output any more
+    assert 'has stopped' in said
+
+def test_jobs_of_a_killed_worker_with_a_name_run_again(folder, queue):
+    "The next one of that name takes its lock, so nobody else could tell that the first is dead"
+    code = 'import asyncio, app; from bgtasks.worker import Worker; asyncio.run(Worker(app.queue, name="one").run())'
+    job = record(queue, 'die_once')
+    env = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}')
+    assert subprocess.run([sys.executable, '-c', code], env=env, timeout=60).returncode==-signal.SIGKILL
+    with subprocess.Popen([sys.executable, '-c', code], env=env) as p:
+        until(lambda: state(queue, job)=='succeeded', 20) # its lease is longer
+        p.send_signal(signal.SIGTERM)
+
+@pytest.mark.skipif(sys.platform!='linux', reason='there is no inotify')
+def test_a_worker_that_cannot_hear_looks(folder, monkeypatch):
+    def full(path): raise StoreError('too many watches')
+    monkeypatch.setattr('bgtasks.file._watch', full)
+    async def main():
+        q,other = (TaskQueue(SQLiteStore(folder/'deaf.db', 'process')) for _ in range(2))
+        with q, other:
+            here = q.task(lambda: 1, name='t')
+            async with Worker(q):
+                assert await q.aresult(here.enqueue(), 30)==1
+                assert await q.aresult(other.task(lambda: 1, name='t').enqueue(), 30)==1
+    asyncio.run(main())
 
 class Server(Command):
     "An app under uvicorn, in a process of its own, with a worker in its lifespan"
