@@ -76,8 +76,8 @@ class TaskQueue:
         self.tasks:dict[str, Task] = {}             # All tasks, by name
         self.middleware:list[Callable] = []         # What wraps each run, the outermost first
         self.wakers:set[Callable[[], None]] = set() # What is called, in any thread, when there is something to do
-        self.clerk = Clerk(self.store)
-        self.feed = Feed(self.store, self.clerk.do)
+        self.clerk,self.reads = Clerk(self.store),Clerk(self.store) # who only looks need not wait for a write
+        self.feed = Feed(self.store, self.reads.do)
 
     def __repr__(self): return f'TaskQueue({self.store!r})'
     def __enter__(self): return self
@@ -122,6 +122,7 @@ class TaskQueue:
     def close(self):
         "Do what has been asked for, and close the store."
         self.clerk.close()
+        self.reads.close()
         self.store.close()
 
 # %% ../nbs/api/31_queue.ipynb #122968d5

@@ -7,7 +7,7 @@ __all__ = ['lifespan', 'routes', 'accepted', 'job_status', 'status_head']
 
 # %% ../nbs/api/50_web.ipynb #ed708d5e
 from collections.abc import Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from hashlib import blake2b
 from inspect import isasyncgenfunction, isawaitable
 from typing import Any
@@ -19,7 +19,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import NoMatchFound, Route, WebSocketRoute
 
-from .errors import BadOption
+from .errors import BadOption, Unsupported
 from .job import Job, State
 from .live import EventStream, Live, describe, over_websocket
 from .status import asset, job_status, status_head
@@ -102,7 +102,7 @@ class _Desk:
 
     async def job(self, conn, id) -> Job:
         "Give a job that the visitor may see."
-        job = await self.queue.do(self.queue.store.get, id)
+        job = await self.queue.reads.do(self.queue.store.get, id)
         if job is None or not await self.allowed(conn, job):
             raise _Refused(404, f'There is no job {id!r}: it never was here, or its time is over')
         return job
@@ -118,7 +118,7 @@ class _Desk:
         async def sees(id):
             if id not in known:
                 if len(known) >= 10_000: known.clear()
-                job = await self.queue.do(self.queue.store.get, id)
+                job = await self.queue.reads.do(self.queue.store.get, id)
                 known[id] = job is not None and await self.allowed(conn, job)
             return known[id]
         return sees
@@ -158,14 +158,14 @@ async def _jobs(desk, conn):
 async def _reading(desk, conn):
     "Give a follower for a reader, what it is told at once, and the test of what it may see."
     jobs,after = await _jobs(desk, conn),_after(conn)
-    if after is not None and after > await desk.queue.do(desk.queue.store.last_event): after = None
+    if after is not None and after > await desk.queue.reads.do(desk.queue.store.last_event): after = None
     follower = desk.queue.feed.follower(None if jobs is None else [j.id for j in jobs], after)
     if jobs is None: return follower,[],None if desk.auth is None else desk.sees(conn)
     if after is not None: return follower,[],None
     first,prefix = [],conn.url.path.rpartition('/events')[0]
     prefix = prefix.rpartition('/')[0] if 'id' in conn.path_params else prefix
     for j in jobs:
-        now = await desk.queue.do(desk.queue.store.get, j.id) or j # as it is after the follower has begun to listen
+        now = await desk.queue.reads.do(desk.queue.store.get, j.id) or j # as it is now that the follower listens
         data = dict(id=follower.last, job=j.id, kind='job', attempt=now.attempt, at=None, data=describe(now, prefix))
         first.append(('job', follower.last, json.encode(data)))
     return follower,first,None
@@ -187,9 +187,16 @@ async def _socket(desk, ws):
     await over_websocket(desk.live, follower, ws.receive, ws.send, first, sees)
 
 # %% ../nbs/api/50_web.ipynb #0aa25dcd
+@contextmanager
+def _as_refusal():
+    "Turn what the engine behind the queue can't do into an answer."
+    try: yield
+    except Unsupported: raise _Refused(501, 'The engine behind this queue can\'t tell or do this') from None
+
 def _http(desk, handle):
     async def endpoint(request):
-        try: return await handle(desk, request)
+        try:
+            with _as_refusal(): return await handle(desk, request)
         except _Refused as e:
             if _wants_html(request.headers.get('accept')):
                 return Response(to_xml(ft('p', e.detail, role='alert')), e.status, media_type='text/html')
@@ -198,7 +205,8 @@ def _http(desk, handle):
 
 def _ws(desk, handle):
     async def endpoint(ws):
-        try: await handle(desk, ws)
+        try:
+            with _as_refusal(): await handle(desk, ws)
         except _Refused as e:
             if 'websocket.http.response' in ws.scope.get('extensions', {}):
                 await ws.send_denial_response(_answer(dict(detail=e.detail), e.status))
