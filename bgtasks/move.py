@@ -23,10 +23,11 @@ from .tables import BLOCKED, CANCELLED, as_job, job_sql, json_in, json_list, not
 # %% ../nbs/api/44_move.ipynb #9dc4fd2c
 _week = 7*86400.
 
-def _why_not(job, st, target, parents) -> str|None:
+def _why_not(job, st, target, parents, told) -> str|None:
     "Say why `job` stays where it is, if it does."
     if st==BLOCKED: return 'waits for other jobs'
     if job.seq in parents: return 'other jobs run after it'
+    if job.seq in told: return 'somebody is to hear of its end'
     task = target.tasks.get(job.task)
     if task is None: return f'{job.task} is no task of the new queue'
     try: task.using(queue=job.queue, priority=job.priority, retries=job.retries, timeout=job.timeout, key=job.key)
@@ -49,10 +50,11 @@ def _take(cx, target, last, limit, name, now):
     "Take up to `limit` jobs behind the place `last`; give their calls, where it stopped, and why others were left."
     waited_for = 'SELECT parent FROM deps JOIN jobs ON seq=child WHERE st=?'
     parents = {p for p, in cx.execute(waited_for, (BLOCKED,)).fetchall()}
+    told = {s for s, in cx.execute('SELECT seq FROM notices').fetchall()}
     calls,left = [],Counter()
     for job,payload,st in _rows(cx, 'j.st IN (0,1,3) AND j.seq > ? ORDER BY j.seq LIMIT ?', last, limit):
         last = job.seq
-        if why := _why_not(job, st, target, parents): left[why] += 1; continue
+        if why := _why_not(job, st, target, parents, told): left[why] += 1; continue
         error = json.encode(Failure('Moving', name))
         cx.execute('UPDATE jobs SET st=?, until=?, error=? WHERE seq=?', (CANCELLED, _never, error, job.seq))
         note(cx, [(job.seq, 'cancelled', job.attempt, error.decode())], now)
