@@ -23,7 +23,8 @@ try: import fcntl
 except ImportError: fcntl = None # no file locks of this kind: a dead worker is known by its lease alone
 
 # %% ../nbs/api/15_file.ipynb #d3de9bd0
-_hints = {apsw.NotADBError: 'this file is not an SQLite database; give another path',
+_hints = {apsw.ConnectionClosedError: 'it has been closed; open it again to go on',
+          apsw.NotADBError: 'this file is not an SQLite database; give another path',
           apsw.CantOpenError: 'it can\'t be opened; does its folder exist, and may this user write there?',
           apsw.ReadOnlyError: 'it is read-only for this user; SQLite must write to the file and to its folder',
           apsw.BusyError: 'another process kept it locked too long; look for a long transaction or a stuck backup',
@@ -130,9 +131,7 @@ class SharedFile:
         "Run `verb` in a writing transaction: all of it is committed, or nothing is."
         self._check()
         with self._lock:
-            cx = self._cx
-            if cx.in_transaction: raise StoreError(f'{self.path}: this call has come in the midst of another one of '
-                'the same thread, as from a signal handler; let the event loop or another thread make it')
+            cx = self._free()
             try:
                 cx.execute('BEGIN IMMEDIATE')
                 out = verb(cx, *args)
@@ -146,6 +145,14 @@ class SharedFile:
             news,self.news = self.news,False
             if news or self._signals: self._tell(news)
         return out
+
+    def _free(self):
+        "Give the writing connection, unless this thread is in the midst of a transaction already."
+        try: busy = self._cx.in_transaction
+        except apsw.Error as e: raise _trouble(self.path, e) from e
+        if not busy: return self._cx
+        raise StoreError(f'{self.path}: this call has come in the midst of another one of the same thread, as from a '
+                         'signal handler; let the event loop or another thread make it')
 
     @contextmanager
     def reader(self):
