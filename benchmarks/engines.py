@@ -30,7 +30,8 @@ ENGINES = { # the app to import, its broker, and the command of its workers
 
 def client():
     import redis
-    return redis.Redis.from_url(os.environ.get('BENCH_REDIS', 'redis://127.0.0.1:6379/8'))
+    url = os.environ.get('BENCH_REDIS', 'redis://127.0.0.1:6379/8')
+    return redis.Redis.from_url(url, socket_timeout=None)
 
 def environ(broker, side, **more):
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get('PYTHONPATH')]))
