@@ -177,10 +177,10 @@ def accept(self:DramatiqBackend, task:Any) -> None:
     if not 0 <= task.priority <= max(most, 0):
         raise Unsupported(f'{task.name}: priority={task.priority}: this broker has priorities from 0 to {most}, '
                           f'see RabbitmqBroker(max_priority={most})')
-    if not self.on_redis and (task.timeout or 0) > self.ack_timeout:
+    if not self.on_redis and self.records is None and (task.timeout or 0) > self.ack_timeout:
         raise Unsupported(f'{task.name}: timeout={task.timeout:g}: RabbitMQ gives a job to another worker after '
-                          f'{self.ack_timeout:g} s. Raise its consumer_timeout and say so, DramatiqBackend(ack_timeout='
-                          '…), or make several jobs of it')
+                          f'{self.ack_timeout:g} s. Give records=, which keep the second one waiting, or raise its '
+                          'consumer_timeout and say so: DramatiqBackend(ack_timeout=…)')
     if task.name in self.tasks and q not in self.broker.get_declared_queues():
         raise Unsupported(f'{task.name}: queue={q!r}: no task is declared with this queue, so no worker would look '
                           f'there; name it: DramatiqBackend(…, queues=[{q!r}])')
