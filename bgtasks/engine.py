@@ -230,6 +230,11 @@ class Engine(Backend):
             self.records.cancel(id, 'its message could not be sent')
             raise
         return job
+    def resend(self, id:str) -> Job|None:
+        "Send the message of a waiting job again, should the engine have lost it; of two that arrive one is dropped."
+        m,job = self._recorded('message', 'retry', id),self.get(id)
+        if job is not None and job.state is State.queued: self.deliver([m])
+        return job
     def close(self) -> None:
         "Close the connections to the records."
         if self.records: self.records.close()

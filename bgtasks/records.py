@@ -347,14 +347,21 @@ def cancel(self:Records,
     return self.get(id)
 
 @patch
+def message(self:Records,
+    id:str # Of a job
+) -> Message|None: # `None` if there is no record
+    "Make the message of the round that a job is in."
+    with _reached(self._where): h = self.client.hgetall(f'{self.prefix}job:{id}')
+    return next_message(read_message(h[b'msg']), _job(h), int(h[b'round'])) if h else None
+
+@patch
 def retry(self:Records,
     id:str # Of a job
 ) -> Message|None: # What is to be sent; `None` if the job is not dead or cancelled
     "Make a job that is dead or cancelled wait for another attempt."
     if (said := _text(self._do('retry', id)))=='no': return
     if said!='yes': raise StoreError(f'job {id} has the key of job {said}, which has not ended: wait for that one')
-    with _reached(self._where): h = self.client.hgetall(f'{self.prefix}job:{id}')
-    return next_message(read_message(h[b'msg']), _job(h), int(h[b'round']))
+    return self.message(id)
 
 # %% ../nbs/api/26_records.ipynb #35c73384
 @patch
