@@ -37,3 +37,9 @@ document.addEventListener('submit', event => {
   event.preventDefault()
   send(event.target)
 })
+
+// not HTMX's either: a job that has ended may have others that tell of it
+document.addEventListener('job-done', async () => {
+  const resp = await fetch('/told', {headers: {'HX-Request': 'true'}}).catch(() => {})
+  if (resp?.ok) document.getElementById('told')?.replaceWith(...parse(await resp.text()))
+})

@@ -69,7 +69,7 @@ def test_check_tells_what_it_measured(signs):
     res = bgtasks('demo', '--check', signs, '--seconds', 1, '--pace', 0, cwd=signs.parent)
     rows = len(signs.read_text().splitlines())-1
     assert res.returncode==0, res.stdout+res.stderr
-    assert res.stdout.count('✓')==8 and '✗' not in res.stdout
+    assert res.stdout.count('✓')==9 and '✗' not in res.stdout
     assert re.search(r'button is answered .* 202 in \d+ ms', res.stdout)
     apart = float(re.search(r'they are ([\d.]+) s apart', res.stdout)[1])
     took = float(re.search(r'after ([\d.]+) s', res.stdout)[1])
@@ -89,7 +89,7 @@ def test_check_where_the_output_has_few_letters(tmp_path):
     (tmp_path/'a.csv').write_bytes(b'a,b\n1,2\n')
     res = bgtasks('demo', '--check', 'a.csv', '--seconds', .2, cwd=tmp_path, PYTHONIOENCODING='ascii')
     assert res.returncode==0, res.stdout+res.stderr
-    assert res.stdout.count('| + |')==8
+    assert res.stdout.count('| + |')==9
 
 def test_check_fails_when_the_service_is_down(signs):
     res = bgtasks('demo', '--check', signs, '--service', f'{HERE}:{closed_port()}', '--pace', 0, cwd=signs.parent)
@@ -117,7 +117,7 @@ def test_a_missing_extra_is_named(missing, tmp_path):
 @pytest.mark.parametrize('sig,code', [('SIGINT', 0), ('SIGTERM', 0), ('SIGHUP', 0), ('SIGKILL', -9)])
 def test_nothing_is_left_behind(sig, code, tmp_path):
     with Demo(tmp_path, '--port', 0, '--service-port', 0) as demo:
-        assert len(demo.children)==2 and httpx2.post(f'{demo.url}/calls', headers=HTMX).status_code==202
+        assert len(demo.children)==3 and httpx2.post(f'{demo.url}/calls', headers=HTMX).status_code==202
         rc,out,err = demo.end(signal.Signals[sig])
     assert rc==code and not list(tmp_path.iterdir())
     if code==0: assert (out, err, demo.data.parent.exists())==('Stopped.\n', '', False)
@@ -218,19 +218,28 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
         assert soon(lambda: len(find(done))==3, 40)
         assert all(len(o.find_elements('css selector', 'time'))==2 for o in find('#call_service job-status'))
         assert '368 / 368' in text('#process_upload')
-        assert soon(lambda: len(find('.job-toast[data-state=succeeded]'))==3)
+        assert soon(lambda: len(find('.job-toast[data-state=succeeded]'))>=3)
+        # a partner and a mailbox have heard of the file; what they got is on the page without a reload
+        assert soon(lambda: len(find('#told [data-state=succeeded] details'))==2)
+        browser.execute_script("document.querySelectorAll('#told details').forEach(o => o.open = true)")
+        assert 'Arrived: job.succeeded' in text('#told') and '"task": "process_upload"' in text('#told pre')
+        assert 'of process_upload succeeded at' in text('#told pre')
         shoot(browser, 'demo-told')
-        find('.job-toast button')[0].send_keys('\ue00c\ue00c\ue00c') # three times Escape
-        assert soon(lambda: not find('.job-toast'))
+        def escape():
+            for o in find('.job-toast button')[-1:]: o.send_keys('\ue00c')
+            return not find('.job-toast')
+        assert soon(escape)
         # what is refused says why, where it is read out; what is faulty is counted; a name stays a name
         upload(void)
         assert soon(lambda: text('#refused')=='void.csv is empty.')
         browser.refresh()
         upload(messy)
         assert soon(lambda: '10 / 10 · 2 faulty' in ' '.join(text('#process_upload').split()))
-        assert soon(lambda: find('details summary'))
-        find('details summary')[0].click()
-        assert '2 of 5 columns' in text('details li') and not find('job-status b') and not find('#refused:not(:empty)')
+        assert soon(lambda: find('#process_upload summary') and len(find('#told [data-state=succeeded] details'))==4)
+        assert soon(escape)
+        find('#process_upload summary')[0].click()
+        assert '2 of 5 columns' in text('#process_upload details li') and not find('job-status b')
+        assert not find('#refused:not(:empty)')
         # a service that is down is a failed request on the page
         os.kill(int(re.search(r'kill (\d+)', demo.said)[1]), signal.SIGKILL)
         find('form[action="/calls"] button')[0].click()
