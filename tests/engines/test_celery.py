@@ -21,7 +21,8 @@ class Site:
     def task(self, name): return self.queue.tasks[f'checks.{name}']
 
     def worker(self, *args, n=2):
-        args = 'worker', '-c', str(n), '--without-gossip', '--without-mingle', '-l', 'INFO', *args
+        name = unique()+'@%h' # else a worker of somebody else may have the same name at the broker
+        args = 'worker', '-c', str(n), '-n', name, '--without-gossip', '--without-mingle', '-l', 'INFO', *args
         return self.workers(script('celery'), '-A', 'celery_checks', *args, env=self.env).ready('ready.')
 
     def beat(self): return self.workers(script('celery'), '-A', 'celery_checks', 'beat', '-s', str(self.dir/'beat'),
