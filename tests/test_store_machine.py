@@ -220,6 +220,13 @@ class FinishingMachine(StoreMachine):
     add_with_an_id_twice = retry = steer = tick = renew = report = leave = sweep = prune = purge = time_passes = None
     somebody_sets_the_clock = a_process_ends_and_another_comes = None
 
+    @rule(worker=workers, times=st.integers(1, 3))
+    def work(self, worker, times):
+        ids = lambda jobs: [j.id for j in jobs]
+        for j in self.both('claim', worker, TASKS, limit=2, key=ids):
+            done = Done(seq=j.seq, attempt=j.attempt, state=State.succeeded, value=b'[1]')
+            for _ in range(times): self.both('finish', [done])
+
 def test_the_machine_finds_a_store_without_a_fence(monkeypatch):
     "A machine that finds nothing proves nothing: here is a store that takes whatever comes late."
     def finish(self, done, real=SQLiteStore.finish): real(self, done); return [True]*len(done)
