@@ -166,5 +166,5 @@ def move_jobs(source, target):
         old = source if os.path.exists(source) or ':' not in source else find_queue(source)
         done = move(old, find_queue(target))
     except BgTasksError as e: raise click.ClickException(str(e)) from None
-    click.echo(f'{done.moved} jobs moved to {target}')
+    click.echo(f'{done.moved} job{"s"*(done.moved!=1)} moved to {target}')
     for why,n in done.left.items(): click.echo(f'{n} left: {why}')

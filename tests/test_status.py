@@ -1,5 +1,6 @@
 "`job_status` in a real browser: live, over a poor line, through a crash, with the keyboard, for eyes and for ears."
 import os, signal
+from time import sleep
 
 import httpx2, pytest
 from selenium.webdriver import ActionChains, Keys
@@ -157,6 +158,7 @@ def test_who_looks_elsewhere_is_called_if_that_was_allowed(browser, client):
     assert soon(lambda: client.get('/stats').json()['readers']==0) # a hidden page holds no line
     go(client)
     assert soon(lambda: client.get('/stats').json()['shown']==['succeeded']) # it has asked by itself
+    sleep(2) # and has taken in what it was told; it can't be asked while it is hidden
     browser.switch_to.window(here)
     assert page.states()==['succeeded'] and page.run('return notes')==[['Job 1: Done', '', url.rpartition('/')[2]]]
 
