@@ -37,7 +37,7 @@ class Follower {
     if (rest.length) this.poll = setTimeout(() => this.ask(rest), document.hidden ? 5000 : 1500)
   }
 
-  close() { this.source?.close(); this.source = undefined; this.line = new Set() }
+  close() { this.source?.close(); this.source = undefined; this.line = new Set(); this.found() }
 
   async ask(those) {
     await Promise.all(those.map(o => o.refresh()))
@@ -49,10 +49,10 @@ class Follower {
     const source = new EventSource(`${this.base}/events?${jobs.map(o => 'job=' + encodeURIComponent(o)).join('&')}`)
     for (const kind of ['job', 'progress', ...states])
       source.addEventListener(kind, e => this.hear(kind, JSON.parse(e.data)))
-    source.onopen = () => { this.waits = 1000; this.offline(false) }
+    source.onopen = () => { this.waits = 1000; this.found(); this.offline(false) }
     source.onerror = () => {
       if (source !== this.source) return
-      this.offline(true)
+      this.lost ??= setTimeout(() => this.offline(true), 1000) // a stream that ends in order is soon replaced
       if (source.readyState !== 2) return // it tries again by itself
       this.broken = true
       this.waits = Math.min(2 * (this.waits ?? 1000), 30000)
@@ -62,6 +62,8 @@ class Follower {
     this.source = source
     this.line = new Set(jobs)
   }
+
+  found() { clearTimeout(this.lost); this.lost = undefined }
 
   offline(yes) { for (const el of this.all()) el.toggleAttribute('data-offline', yes) }
 
