@@ -15,13 +15,14 @@ from fastcore.basics import patch
 from msgspec import json, structs
 
 from .errors import BadOption, StoreError
-from .file import SharedFile, boot_id
+from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
 from .retry import after_crash
 from .schema import up_to_date
-from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_claimed_job, as_new_job, as_row,
-    await_parents, cancel_jobs, corrupt, due_rows, end_attempts, ends, forget, held, insert_sql, job_sql, json_in,
-    json_list, keep_notices, keep_progress, note, note_all, prolong, queue_again, readable, states, take, text, to_tell)
+from bgtasks.tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_claimed_job, as_new_job, as_row,
+    await_parents, cancel_jobs, corrupt, due_lanes, due_rows, end_attempts, ends, forget, held, insert_sql, job_sql,
+    json_in, json_list, keep_notices, keep_progress, note, note_all, prolong, queue_again, readable, states, take, text,
+    to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -123,7 +124,7 @@ def add(self:SQLiteStore, calls:Sequence[Call]) -> list[Job]:
 # %% ../nbs/api/21_sqlite.ipynb #8b0d97dd
 @patch
 def _jobs(self:SQLiteStore, cx, ids) -> list[Job]:
-    return [readable(r) for r in cx.execute(f'{job_sql} WHERE j.id {json_in}', (json_list(ids),)).fetchall()]
+    return [readable(r) for r in fetch(cx, f'{job_sql} WHERE j.id {json_in}', (json_list(ids),))]
 
 @patch
 def get(self:SQLiteStore, id:str) -> Job|None:
@@ -167,24 +168,27 @@ def _open_lanes(self:SQLiteStore, cx, tasks, queues) -> list[int]:
     return [n for (t, q),n in self._lanes.items()
             if t in tasks and q not in self._paused and (queues is None or q in queues)]
 
+_any_due = 'SELECT 1 FROM json_each(?) l WHERE EXISTS(SELECT 1 FROM jobs WHERE st=1 AND lane=l.value) LIMIT 1'
+_first_later = """SELECT min((SELECT run_at FROM jobs WHERE st=0 AND lane=l.value AND run_at<9e999
+ORDER BY run_at LIMIT 1)) FROM json_each(?) l"""
+
 @patch
 def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
     "Seconds from now until `claim` may give something."
     with self.file.reader() as cx: # its own lanes: the cache belongs to the writer
         rows = cx.execute('SELECT lane,task,queue FROM lanes WHERE queue NOT IN (SELECT queue FROM paused)').fetchall()
-        lanes,later = [n for n,t,q in rows if t in tasks and (queues is None or q in queues)],[]
-        for lane in lanes:
-            if cx.execute('SELECT 1 FROM jobs WHERE st=1 AND lane=? LIMIT 1', (lane,)).fetchall(): return 0.0
-            sql = 'SELECT run_at FROM jobs WHERE st=0 AND lane=? ORDER BY run_at LIMIT 1'
-            later += cx.execute(sql, (lane,)).fetchall()
-    return min(later)[0] - self.clock() if later else None
+        lanes = json_list(n for n,t,q in rows if t in tasks and (queues is None or q in queues))
+        if cx.execute(_any_due, (lanes,)).fetchall(): return 0.0
+        first = cx.execute(_first_later, (lanes,)).fetchall()[0][0]
+    return None if first is None else first - self.clock()
+
+def _rank(row): return -row[5] if isinstance(row[5], (int, float)) else 0, row[-1]
 
 @patch
 def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     now,lanes = self.clock(),self._open_lanes(cx, tasks, queues)
-    for lane in lanes: cx.execute('UPDATE jobs SET st=1 WHERE st=0 AND lane=? AND run_at<=?', (lane, now))
-    found = [due_rows(cx, lane, limit) for lane in lanes]
-    rows = found[0] if len(found)==1 else sorted(chain(*found), key=lambda r: (-r[5], r[-1]))[:limit]
+    found = [due_rows(cx, lane, limit, fetch) for lane in due_lanes(cx, lanes, limit, now)]
+    rows = found[0] if len(found)==1 else sorted(chain(*found), key=_rank)[:limit]
     if not rows: return []
     seqs = [r[-1] for r in rows]
     sql = 'UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq ' + json_in
@@ -194,7 +198,9 @@ def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     for row in rows:
         try: jobs.append(as_claimed_job(row, worker, now))
         except (ValueError, TypeError) as e:
-            broken.append(Done(seq=row[-1], attempt=row[10]+1, state=State.dead, error=corrupt(e)))
+            sql = 'UPDATE jobs SET attempt=CAST(attempt AS INTEGER) WHERE seq=? RETURNING attempt' # it may be no number
+            attempt = cx.execute(sql, (row[-1],)).fetchall()[0][0]
+            broken.append(Done(seq=row[-1], attempt=attempt, state=State.dead, error=corrupt(e)))
     if broken: self._finish(cx, broken)
     return jobs
 
@@ -258,14 +264,15 @@ def leave(self:SQLiteStore, worker:str):
     self.file.unlock(worker)
 
 # %% ../nbs/api/21_sqlite.ipynb #231d7ab0
-_running = 'SELECT worker,until,id,seq,attempt,crashes FROM jobs WHERE st=2'
+_running = """SELECT ifnull(worker,'?'), ifnull(CAST(until AS REAL),0), id, seq, CAST(attempt AS INTEGER),
+CAST(crashes AS INTEGER) FROM jobs WHERE st=2""" # numbers, though a row may be damaged
 
 @patch
 def _sweep(self:SQLiteStore, cx, dead, max_crashes):
-    rows = [r for r in cx.execute(_running).fetchall() if r[0] in dead or r[1] <= self.ticks()]
+    rows = [r for r in fetch(cx, _running) if r[0] in dead or r[1] <= self.ticks()]
     done = after_crash([(w, *o) for w,_,_,*o in rows], dead, max_crashes, self.clock())
-    sql = 'UPDATE jobs SET crashes=crashes+1, lost=lost+? WHERE seq=?' # for those queued again, `_finish` counts `lost`
-    cx.executemany(sql, [(d.state is State.dead, d.seq) for d in done])
+    sql = 'UPDATE jobs SET crashes=crashes+1, lost=lost+?, attempt=? WHERE seq=?'
+    cx.executemany(sql, [(d.state is State.dead, d.attempt, d.seq) for d in done]) # else `_finish` counts `lost`
     self._finish(cx, done)
     return self._jobs(cx, [r[2] for r in rows])
 
@@ -340,14 +347,17 @@ def log(self:SQLiteStore, lines:Sequence[tuple[int, int, str, str]]):
     facts = [(s, 'log', a, text({'level':level, 'text':line})) for s,a,level,line in lines]
     if facts: self._write(note, facts, self.clock())
 
+def _told(data):
+    try: return None if data is None else json.decode(data)
+    except ValueError: return None # damaged, as a row may be
+
 @patch
 def events(self:SQLiteStore, after:int=0, *, job:str|None=None, limit:int=1000) -> list[Event]:
     "Read the log."
     where,args = ('AND e.seq=(SELECT seq FROM jobs WHERE id=?)', (after, job, limit)) if job else ('', (after, limit))
     rows = self.file.read('SELECT e.id, j.id, e.kind, e.attempt, e.at, e.data FROM events e '
                           f'CROSS JOIN jobs j USING(seq) WHERE e.id>? {where} ORDER BY e.id LIMIT ?', args)
-    return [Event(id=i, job=j, kind=k, attempt=a, at=at, data=None if d is None else json.decode(d))
-            for i,j,k,a,at,d in rows]
+    return [Event(id=i, job=str(j), kind=k, attempt=a, at=at, data=_told(d)) for i,j,k,a,at,d in rows]
 
 @patch
 def last_event(self:SQLiteStore) -> int:

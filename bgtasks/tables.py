@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'json_in', 'job_sql',
            'insert_sql', 'text', 'json_list', 'as_job', 'as_claimed_job', 'corrupt', 'readable', 'as_row', 'as_new_job',
-           'take', 'note', 'note_all', 'held', 'due_rows', 'prolong', 'keep_progress', 'cancel_jobs', 'after_end',
-           'await_parents', 'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
+           'take', 'note', 'note_all', 'held', 'due_lanes', 'due_rows', 'prolong', 'keep_progress', 'cancel_jobs',
+           'after_end', 'await_parents', 'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from msgspec import json
@@ -51,6 +51,7 @@ def as_job(
     "Make a record of a row; raises `ValueError` or `TypeError` if the row can't be read."
     (id, task, queue, payload, st, priority, run_at, created, started, finished, attempt, lost, crashes, retries,
      timeout, key, after, keep, value, error, progress, worker, seq) = row
+    if not (isinstance(id, str) and isinstance(attempt, int)): raise ValueError('its id or its attempt is damaged')
     args,kwargs = _call.decode(payload)
     return Job(id=id, task=task, queue=queue, args=tuple(args), kwargs=kwargs, state=states[st], priority=priority,
         run_at=run_at, created_at=created, started_at=started, finished_at=finished, attempt=attempt, lost=lost,
@@ -79,9 +80,12 @@ def readable(
 ) -> Job:
     "Make a record of a row, leaving out what can't be read."
     try: return as_job(row)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, IndexError) as e:
         row = list(row)
         row[3],row[16],row[18],row[20],row[19] = b'[[],{}]',None,None,None,json.encode(corrupt(e))
+        if row[4] not in range(len(states)): row[4] = DEAD
+        if not isinstance(row[0], str): row[0] = repr(row[0])
+        if not isinstance(row[10], int): row[10] = 0
         return as_job(row)
 
 # %% ../nbs/api/14_tables.ipynb #a5ddbf99
@@ -161,17 +165,35 @@ _due = 'WHERE j.st=1 AND j.lane=? ORDER BY j.priority DESC, j.seq LIMIT ?'
 _as_text = _columns
 for name in ('payload', 'after', 'value', 'error', 'progress'):
     _as_text = _as_text.replace(f'j.{name},', f'CAST(j.{name} AS TEXT),')
+_large = 20_000 # bytes; in place of such a payload stands a blob, which JSON can't hold
+_as_text = _as_text.replace('CAST(j.payload', f"iif(length(j.payload)>{_large}, x'', CAST(j.payload").replace(
+    'payload AS TEXT)', 'payload AS TEXT))')
 _due_at_once = f"""SELECT json_group_array(json_array({_as_text})) FROM
 (SELECT * FROM jobs j {_due}) j CROSS JOIN lanes l ON l.lane=j.lane"""
 
+_first = 'SELECT {} FROM jobs WHERE st=1 AND lane=l.value ORDER BY priority DESC, seq LIMIT 1'
+_best = f'''SELECT value FROM (SELECT value, ({_first.format('priority')}) p, ({_first.format('seq')}) s
+FROM json_each(?) l) WHERE s IS NOT NULL ORDER BY p DESC, s LIMIT ?'''
+
+def due_lanes(
+    cx:Any,                 # A connection in a transaction
+    lanes:Sequence[int],    # Lanes to look at
+    limit:int,              # How many jobs are wanted
+    now:float               # Seconds since 1970
+) -> list[int]: # Some of them, the one with the best job first
+    "Make due what was to run later and has come of age; give the lanes that have what is wanted."
+    cx.execute(f'UPDATE jobs SET st=1 WHERE st=0 AND run_at<=? AND lane {json_in}', (now, json_list(lanes)))
+    return lanes if len(lanes)==1 else [n for n, in cx.execute(_best, (json_list(lanes), limit)).fetchall()]
+
 def due_rows(
-    cx:Any,     # A connection
-    lane:int,   # The lane
-    limit:int   # How many at most
+    cx:Any,         # A connection
+    lane:int,       # The lane
+    limit:int,      # How many at most
+    fetch:Callable  # `fetch(cx, sql, args)`: gives the rows of a query, damaged or not
 ) -> list: # As `job_sql` selects them, in the order in which they are to run
     "Read what is due in a lane."
     try: return json.decode(cx.execute(_due_at_once, (lane, limit)).fetchall()[0][0])
-    except Exception: return cx.execute(job_sql + _due, (lane, limit)).fetchall()
+    except Exception: return fetch(cx, job_sql + _due, (lane, limit))
 
 # %% ../nbs/api/14_tables.ipynb #163f74ef
 def prolong(
@@ -197,6 +219,7 @@ def keep_progress(
     note(cx, [(s, 'progress', a, p) for p,s,a in rows], now)
 
 # %% ../nbs/api/14_tables.ipynb #1625de13
+_named = 'SELECT seq,CAST(id AS BLOB)' # which is a text in any row that is not damaged
 _lost = 'it was to run after job {}, which did not succeed'
 
 def _children(cx, seqs, strike=False) -> list[tuple[int, int]]:
@@ -214,11 +237,11 @@ def cancel_jobs(
     over = []
     while why:
         errors = {s: text(Failure('Cancelled', w)) for s,w in why.items()}
-        told = cx.execute(f'SELECT seq,id,attempt FROM jobs WHERE st<4 AND seq {json_in}', (json_list(why),)).fetchall()
+        told = cx.execute(f'{_named},attempt FROM jobs WHERE st<4 AND seq {json_in}', (json_list(why),)).fetchall()
         cx.executemany('UPDATE jobs SET st=6, finished_at=?, until=?+keep, error=CAST(? AS BLOB) WHERE seq=?',
                        [(now, now, errors[s], s) for s,_,_ in told])
         note(cx, [(s, 'cancelled', a, errors[s]) for s,_,a in told], now)
-        names = {s:i for s,i,_ in told}
+        names = {s: str(i, errors='replace') for s,i,_ in told}
         over += names
         why = {c: _lost.format(names[p]) for p,c in _children(cx, list(names))}
     return over
@@ -235,7 +258,8 @@ def after_end(
     sql = 'UPDATE jobs SET st=iif(run_at>?,0,1) WHERE seq=? AND st=3 AND waits=0'
     cx.executemany(sql, [(now, c) for c in children])
     if not (pairs := _children(cx, failed)): return bool(children), []
-    names = dict(cx.execute(f'SELECT seq,id FROM jobs WHERE seq {json_in}', (json_list(failed),)).fetchall())
+    rows = cx.execute(f'{_named} FROM jobs WHERE seq {json_in}', (json_list(failed),)).fetchall()
+    names = {s: str(i, errors='replace') for s,i in rows}
     return True, cancel_jobs(cx, {c: _lost.format(names[p]) for p,c in pairs}, now)
 
 def await_parents(
@@ -285,6 +309,9 @@ error=CAST(d.error AS BLOB) FROM (SELECT value->>0 seq, value->>1 attempt, value
   value->>4 error FROM json_each(?2)) d
 WHERE jobs.seq=d.seq AND jobs.attempt=d.attempt AND jobs.st=2"""
 
+_ended_large = ('UPDATE jobs SET finished_at=?1, until=?1+keep, st=?4, value=CAST(?5 AS BLOB), error=CAST(?6 AS BLOB) '
+                'WHERE seq=?2 AND attempt=?3 AND st=2')
+
 _again = ('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(CAST(? AS BLOB),error), until=NULL '
           'WHERE seq=? AND attempt=? AND st=2')
 
@@ -302,7 +329,10 @@ def end_attempts(
             run_at = now if d.run_at is None else d.run_at
             again.append((LATER if run_at > now else DUE, run_at, not d.counts, error, d.seq, d.attempt))
         else: ended.append((d.seq, d.attempt, ends[d.state], None if d.value is None else d.value.decode(), error))
-    if ended: cx.execute(_ended, (now, json_list(ended)))
+    large = [e for e in ended if e[3] is not None and len(e[3]) > _large]
+    small = [e for e in ended if e not in large] if large else ended
+    if small: cx.execute(_ended, (now, json_list(small)))
+    cx.executemany(_ended_large, [(now, *e) for e in large])
     cx.executemany(_again, again)
     if cx.total_changes()-before != len(done): return None
     note(cx, facts, now)

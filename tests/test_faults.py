@@ -40,6 +40,9 @@ def ran(code, *args, code_=0, **kw):
     return out.split()
 
 @pytest.fixture
+def anyio_backend(): return 'asyncio'
+
+@pytest.fixture
 def path(tmp_path): return tmp_path/'q.db'
 
 # The file
@@ -146,6 +149,56 @@ def test_a_corrupted_row_costs_only_its_own_job(path):
     assert [store.get(j.id).state for j in jobs]==['dead']*3 + ['running']
     assert all(store.get(j.id).error.message for j in jobs[:3]) and len(store.find())==4
 
+@pytest.mark.anyio
+@pytest.mark.parametrize('value', ["CAST(x'ff' AS TEXT)", "'abc'", 'NULL', '9e999'])
+@pytest.mark.parametrize('state,column', [(st, c) for st,cs in dict(due='id st priority run_at attempt payload key',
+    running='id until attempt crashes worker').items() for c in cs.split()])
+async def test_damage_of_any_kind_costs_only_its_own_job(anyio_backend, path, state, column, value):
+    "Bytes that are no text, a text where a number was, nothing at all: the others run, and all can be read"
+    if (column, value)==('until', '9e999'): return # a lease without end is no damage
+    with TaskQueue(SQLiteStore(path, 'process')) as queue:
+        task = queue.task(lambda n: n, name='t')
+        jobs = task.enqueue_many([(n,) for n in range(3)])
+        jobs.append(queue.task(lambda: 4, name='other').using(after=jobs[:2]).enqueue())
+        if state=='running': queue.store.claim('w', ['t'], lease=-1)
+        cx = apsw.Connection(str(path))
+        try: cx.execute(f'UPDATE jobs SET "{column}"={value} WHERE seq=?', (jobs[0].seq,))
+        except apsw.ConstraintError: return # no such damage
+        finally: cx.close()
+        queue.store.sweep()
+        await Worker(queue).run(until_empty=True)
+        assert [queue.get(j).state for j in jobs[1:3]]==['succeeded']*2
+        assert len(queue.find())==4 and queue.store.events() and not queue.counts()[State.running]
+        assert queue.purge(0) >= 2
+
+@pytest.mark.anyio
+async def test_an_event_that_cannot_be_read(anyio_backend, path):
+    with TaskQueue(SQLiteStore(path, 'process')) as queue:
+        job = queue.task(lambda: 1, name='t').enqueue()
+        await Worker(queue).run(until_empty=True)
+        cx = apsw.Connection(str(path)); cx.execute("UPDATE events SET data='{'"); cx.close()
+        assert [(e.kind, e.data) for e in queue.store.events(job=job.id)]==[('queued', None), ('running', None),
+                                                                            ('succeeded', None)]
+
+def test_large_payloads_and_results_need_little_more_than_their_room(path):
+    code = '''
+        import resource
+        store = SQLiteStore(sys.argv[1], 'process')
+        def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform=='darwin' else 1024)
+        for _ in range(10): store.add([Call(id=new_id(), task='t', payload=b'[["%s"],{}]' % (rb'\\"'*500_000))
+                                       for _ in range(10)])
+        before = peak()
+        jobs = store.claim('w', ['t'], limit=100)
+        size = sum(len(j.args[0]) for j in jobs)
+        claimed = peak()
+        value = b'"%s"' % (rb'\\"'*500_000)
+        store.finish([Done(seq=j.seq, attempt=1, state=State.succeeded, value=value) for j in jobs])
+        print(size, claimed-before, peak()-claimed)
+        '''
+    if sys.platform=='win32': pytest.skip('no resource there')
+    size,claimed,finished = map(int, ran(code, path))
+    assert size==50_000_000 and claimed < 5*size and finished < 4*size
+
 def test_damage_in_the_file_is_told(path):
     store = SQLiteStore(path); store.add(calls(2000)); store.close()
     with open(path, 'r+b') as f: f.seek(8192); f.write(os.urandom(os.path.getsize(path)-8192))
@@ -236,9 +289,6 @@ def test_killed_between_each_two_steps(path, verb, when):
     assert store.counts()[State.succeeded] >= len(accepted) and sound(path)
 
 # Tasks and clocks
-
-@pytest.fixture
-def anyio_backend(): return 'asyncio'
 
 @pytest.mark.anyio
 async def test_a_task_that_nobody_knows_waits_and_is_listed(anyio_backend, path):
