@@ -45,6 +45,7 @@ class Backoff:
 _here = str(Path(__file__).parent) if '__file__' in globals() else None
 
 def _cut(s, limit):
+    s = s.encode(errors='backslashreplace').decode() # what UTF-8 doesn't have, as in the name of a file
     return s if len(s)<=limit else f'{s[:limit//4]}\n… {len(s)-limit} characters left out …\n{s[-(limit-limit//4):]}'
 
 def _message(e):

@@ -31,8 +31,8 @@ def _whole(name, v, low=None, high=2**62):
     raise BadOption(f'{name}={v!r}: give a whole number' + ('' if low is None else f', {low} or more'))
 
 def _text(name, v, what):
-    if isinstance(v, str) and v: return v
-    raise BadOption(f'{name}={v!r}: give {what}')
+    if isinstance(v, str) and v and v==v.encode(errors='ignore').decode(): return v
+    raise BadOption(f'{name}={v!r}: give {what}' + ', in characters that UTF-8 has'*(isinstance(v, str) and v!=''))
 
 def _kinds(name, v):
     "Give classes of exceptions as a tuple; one may stand alone."
