@@ -36,10 +36,11 @@ def describe(
 # %% ../nbs/api/42_live.ipynb #37b3d19e
 def message(
     event:Event # As the feed gives it
-) -> bytes: # JSON
+) -> bytes: # JSON, without the traceback
     "Make the message for an event."
-    return json.encode(dict(id=event.id, job=event.job, kind=event.kind, attempt=event.attempt, at=event.at,
-                            data=event.data))
+    data = event.data
+    if isinstance(data, dict): data = {k: v for k,v in data.items() if k!='traceback'}
+    return json.encode(dict(id=event.id, job=event.job, kind=event.kind, attempt=event.attempt, at=event.at, data=data))
 
 def as_sse(
     kind:str,  # Of the event

@@ -20,6 +20,7 @@ from .errors import BadOption, NotDelivered, UnknownSecret, Unusable
 
 # %% ../nbs/api/28_mail.ipynb #b89bd001
 _header = policy.SMTP.header_factory
+_control = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]') # what may end a line, or isn't seen
 
 def check_addresses(
     to:str|Iterable[str] # `'ada@example.org'` or `'Ada <ada@example.org>'`; one or several
@@ -29,11 +30,12 @@ def check_addresses(
     for a in given or (None,):
         def bad(why): return BadOption(f'email({a!r}): {why}')
         if not isinstance(a, str) or not a: raise bad('give an address, as in ada@example.org')
-        if re.search(r'[\x00-\x1f\x7f]', a): raise bad('no address has a line break or another control character')
+        if _control.search(a): raise bad('no address has a line break or another control character')
         try: found = _header('To', a)
         except Exception as e: raise bad(f'this is no address ({e})') from None
         if found.defects or not found.addresses or not all(o.username and o.domain for o in found.addresses):
             raise bad('this is no address, as in ada@example.org')
+        if len(found.addresses) > 1 or found.groups[0].display_name: raise bad('one text is one address; give a list')
         if not all(s.isascii() for s in _specs([a])): raise bad('write the part behind the @ in ASCII, as xn--…')
     return given
 
@@ -119,6 +121,10 @@ def _default(news, facts, rich) -> str:
     return (_rich if rich else _plain) % _became[news['state']] + ''.join(_more[k][rich] for k,v in there.items() if v)
 
 # %% ../nbs/api/28_mail.ipynb #1c8284dd
+def _line(text) -> str:
+    "Make one line of it, in which nothing stands for something else: `=?…?=` would be decoded, line breaks and all."
+    return ' '.join(_control.sub(' ', text).replace('=?', '= ?').split())
+
 def compose(
     to:Iterable[str],       # Addresses
     subject:str|None,       # Templates; `None`: ours
@@ -131,7 +137,7 @@ def compose(
     "Write the mail."
     facts,m = _facts(news),EmailMessage(policy.SMTP)
     m['From'],m['To'] = sender,', '.join(to)
-    m['Subject'] = ' '.join((subject or _subject).format_map(facts).split())[:200]
+    m['Subject'] = _line((subject or _subject).format_map(facts))[:200]
     m['Message-ID'],m['Date'] = f'<{id}@{_specs([sender])[0].rpartition("@")[2]}>',format_datetime(datetime.now(UTC))
     m['Auto-Submitted'] = 'auto-generated' # RFC 3834: no answer from somebody on holiday
     m.set_content((text or _default(news, facts, False)).format_map(facts))

@@ -7,7 +7,7 @@ __all__ = ['lifespan', 'routes', 'accepted', 'job_status', 'status_head']
 
 # %% ../nbs/api/50_web.ipynb #ed708d5e
 from collections.abc import Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from hashlib import blake2b
 from inspect import isasyncgenfunction, isawaitable
 from typing import Any
@@ -18,6 +18,7 @@ from msgspec import json
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import NoMatchFound, Route, WebSocketRoute
+from starlette.websockets import WebSocketDisconnect
 
 from .errors import BadOption, Unsupported
 from .job import Job, State
@@ -89,7 +90,7 @@ def _wants_html(accept) -> bool:
     for part in (accept or '*/*').split(','):
         kind,*params = [o.strip().lower() for o in part.split(';')]
         q = next((o[2:] for o in params if o.startswith('q=')), '1')
-        q = float(q) if q.replace('.', '', 1).isdigit() else 0
+        q = float(q) if q.isascii() and q.replace('.', '', 1).isdigit() else 0
         for k in best:
             if kind in (f'text/{k}', f'application/{k}'): best[k] = max(best[k], q)
     return best['html'] > best['json']
@@ -184,7 +185,8 @@ async def _socket(desk, ws):
         raise _Refused(403, f'A page of {origin} may not listen here, unless routes(queue, origins=[…]) names it')
     follower,first,sees = await _reading(desk, ws)
     await ws.accept()
-    await over_websocket(desk.live, follower, ws.receive, ws.send, first, sees)
+    with suppress(WebSocketDisconnect): # it is gone
+        await over_websocket(desk.live, follower, ws.receive, ws.send, first, sees)
 
 # %% ../nbs/api/50_web.ipynb #0aa25dcd
 @contextmanager

@@ -52,7 +52,7 @@ def check_url(
 ) -> str: # The same
     "Refuse a URL to which no webhook can be sent."
     def bad(why): return BadOption(f'webhook({str(url)[:200]!r}): {why}')
-    if not isinstance(url, str) or re.search(r'[\x00-\x20\x7f]', url): raise bad('give a URL without spaces')
+    if not isinstance(url, str) or ' ' in url or not url.isprintable(): raise bad('give a URL without spaces')
     try: u,_ = urlsplit(url),urlsplit(url).port
     except ValueError as e: raise bad(str(e)) from None
     if u.scheme not in ('http', 'https') or not u.hostname: raise bad('give a URL that begins with https:// or http://')
@@ -82,7 +82,8 @@ async def post(
 ) -> tuple[int, str]: # Status of the answer, and its `Retry-After`
     "Send `body` to `url`; raise `NotDelivered` if there is no answer."
     httpx2 = _httpx()
-    u = httpx2.URL(url)
+    try: u = httpx2.URL(url)
+    except httpx2.InvalidURL as e: raise Unusable(f'nothing can be sent to this URL: {e}') from None
     try:
         async with asyncio.timeout(timeout):
             port = u.port or (443 if u.scheme=='https' else 80)
