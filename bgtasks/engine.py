@@ -17,8 +17,8 @@ from anyio.lowlevel import current_token
 from msgspec.structs import replace
 
 from .attempt import attempt, verdict
-from .errors import BackendUnavailable
-from .job import Call, Done, Event, Job, Outcome, State
+from .errors import BackendUnavailable, BadOption
+from .job import Call, Done, Event, Failure, Job, Outcome, State
 from .message import Message, job_of, message_of, read_message
 from .records import Records, next_message, vanished, worker_name
 from .report import Reports, keep_logs
@@ -153,6 +153,8 @@ class Engine(Backend):
         records:Records|str|None=None # Where jobs are recorded: a Redis, as a URL or `Records`; `None`: nowhere
     ):
         self.records = Records(records) if isinstance(records, str) else records
+        if not isinstance(self.records, Records|None):
+            raise BadOption(f'records={records!r}: give the URL of a Redis, or Records')
         self.tasks,self._bench,self._starting = {},None,threading.Lock()
         if self.records is None:
             for k in self.needs_records: setattr(self, f'supports_{k}', False)
@@ -218,6 +220,11 @@ class Engine(Backend):
     def finish(self, id:str, done:Done) -> bool:
         "Write down a verdict; `False` if it comes too late. Called in the worker, before the message is acknowledged."
         return self.records.finish(id, done)
+    def bury(self, message:Message, error:Failure) -> None:
+        "Say of a job whose message the engine has given up that it is dead."
+        what,*more = self.records.begin(message, f'{message.id} given up', worker_name())
+        if what=='run':
+            self.records.finish(message.id, Done(seq=0, attempt=more[0].attempt, state=State.dead, error=error))
     def cancel(self, id:str, why:str='') -> Job|None:
         "Cancel a job that has not ended: its message is dropped, or the worker that runs it stops it."
         return self._recorded('cancel', 'cancel', id, why)

@@ -180,7 +180,9 @@ def _connected(server, wait):
     "A client that waits for nothing longer than `wait` seconds."
     try: from redis import Redis
     except ImportError: raise BadOption('records in Redis need its client: `pip install redis`') from None
-    if isinstance(server, str): server = Redis.from_url(server.replace('redis+socket://', 'unix://', 1))
+    if isinstance(server, str):
+        try: server = Redis.from_url(server.replace('redis+socket://', 'unix://', 1))
+        except ValueError as e: raise BadOption(f'{server!r} is no URL of a Redis: {e}') from None
     return impatient(server, wait)
 
 # %% ../nbs/api/26_records.ipynb #9b382fd5

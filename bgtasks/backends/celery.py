@@ -26,9 +26,9 @@ from msgspec import json
 
 from ..engine import Engine, work
 from ..errors import BackendUnavailable, BadOption, Unusable
-from ..job import Call, Job
+from ..job import Call, Failure, Job
 from ..link import Link, impatient, together
-from ..message import Message, job_of, message_of, write_message
+from ..message import Message, job_of, message_of, read_message, write_message
 from ..records import Records
 from ..schedule import due
 
@@ -100,6 +100,7 @@ class CeleryBackend(Engine):
         self.line,self._mine,self._patterns = None,threading.local(),{}
         if url := self.kind=='redis' and _plain_redis(app): self._link(url)
         for name in queues: self._serve(name)
+        signals.task_unknown.connect(self._unknown)
 
     def _link(self, url):
         "Find the way to the broker, which may be that to the records."
@@ -140,21 +141,32 @@ class CeleryBackend(Engine):
                             "broker_transport_options, or keep records")
 
 # %% ../../nbs/api/54_celery.ipynb #37d53db4
-_options = dict(bind=True, acks_late=True, reject_on_worker_lost=True, ignore_result=True, max_retries=0, typing=False,
-                serializer='json')
+_safe = dict(acks_late=True, reject_on_worker_lost=True, time_limit=None, soft_time_limit=None, serializer='json')
+_options = dict(_safe, bind=True, ignore_result=True, max_retries=0, typing=False, shared=False)
 
 @patch
 def register(self:CeleryBackend, task:Any) -> None:
     "Have Celery's workers run `task`, and its beat tick for it."
     name = task.name
-    if name in self.app._tasks and not hasattr(self.app._tasks[name], 'bgtasks'):
-        raise BadOption(f"the Celery app has a task {name!r} of its own; give this one another: @queue.task(name='…')")
-    @self.app.task(name=name, lazy=False, bgtasks=True, **_options)
+    if name in self.app._tasks and getattr(self.app._tasks[name], 'bgtasks', None) is not self:
+        raise BadOption(f"the Celery app has a task {name!r} of its own, or of another CeleryBackend; give this one "
+                        "another: @queue.task(name='…')")
+    self.app._tasks.pop(name, None) # declared again, as in a notebook
+    @self.app.task(name=name, lazy=False, bgtasks=self, **_options)
     def run(request, text=None): _take(self, name, request, text)
+    _unchanged(run)
     self.app.conf.beat_schedule.pop(name, None)
     if task.schedule is not None:
         self.app.conf.beat_schedule[name] = dict(task=name, schedule=Ticks(task.schedule, task.missed, self.app),
                                                  options=dict(queue=task.queue_name, ignore_result=True))
+
+def _unchanged(run):
+    "Refuse annotations of the app that make a task unsafe."
+    for option,value in _safe.items():
+        if (found := getattr(run, option))==value: continue
+        del run.app._tasks[run.name]
+        raise BadOption(f'the Celery app has {option}={found!r} for {run.name} in its task_annotations, and bgtasks '
+                        f'needs {value!r}: leave that out; for a time limit give timeout= to the task')
 
 def _take(self, name, request, text):
     "What a worker of Celery's does with a message, or with a tick of its beat, which has no text."
@@ -164,7 +176,17 @@ def _take(self, name, request, text):
     except BackendUnavailable as e: raise Reject(str(e), requeue=True)
     except Unusable as e: raise Reject(str(e), requeue=False)
 
-
+# %% ../../nbs/api/54_celery.ipynb #58e0139a
+@patch
+def _unknown(self:CeleryBackend, sender, message, name, **_):
+    "Hear of a message that Celery has thrown away."
+    if sender.app is not self.app or self.records is None: return
+    body = message.payload
+    args = body['args'] if isinstance(body, dict) else body[0]
+    try: m = read_message(args[0])
+    except (Unusable, LookupError): return # not one of ours
+    why = f'this worker has no task {name!r}: start the workers again, with the module that declares it'
+    self.bury(m, Failure('NotRegistered', why))
 
 # %% ../../nbs/api/54_celery.ipynb #5dffce09
 def _order(self, m):
@@ -232,11 +254,15 @@ def _written(self:CeleryBackend, m, wait) -> tuple:
     else:
         if getattr(self._mine, 'pid', None)!=os.getpid(): self._mine.press,self._mine.pid = _Press(self),os.getpid()
         where,entry = self._mine.press.write(m, wait)
-        if fresh: return 'LPUSH', where, json.encode(entry)
+        if fresh or not _plain(entry): return 'LPUSH', where, json.encode(entry)
         self._patterns[at] = where,entry
     return 'LPUSH', where, json.encode(_copied(entry, m, wait))
 
 _no_callbacks = dict.fromkeys(('callbacks', 'errbacks', 'chain', 'chord'))
+
+def _plain(entry):
+    "Is its body as `_copied` writes it, neither compressed nor in Celery's first protocol?"
+    return 'task' in entry['headers'] and not entry['headers'].get('compression')
 
 def _copied(entry, m, wait):
     "An entry like `entry`, for another message of the same task."

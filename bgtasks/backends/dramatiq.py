@@ -26,7 +26,7 @@ from ..errors import BackendUnavailable, BadOption, Unsupported
 from ..job import Call, Done, Failure, Job, State
 from ..link import Link, impatient, together
 from ..message import Message, job_of, message_of, read_message, write_message
-from ..records import Records, worker_name
+from ..records import Records
 from ..schedule import seconds
 
 # %% ../../nbs/api/54_dramatiq.ipynb #27eb1697
@@ -132,6 +132,8 @@ class DramatiqBackend(Engine):
         wait:float=3.0                # Seconds to wait for the broker before it counts as down
     ):
         self.broker = broker or broker_module.get_broker()
+        if not isinstance(self.broker, Broker):
+            raise BadOption(f"DramatiqBackend({broker!r}): give a broker of Dramatiq: RedisBroker(url='redis://…')")
         if broker_module.global_broker is None: broker_module.set_broker(self.broker) # where `dramatiq` looks for it
         self.ack_timeout,self.wait = seconds(ack_timeout, 'ack_timeout'),wait
         super().__init__(_records(self.broker, records, wait))
@@ -211,11 +213,8 @@ def finish(self:DramatiqBackend, id:str, done:Done) -> bool:
 def _bury(self:DramatiqBackend, message):
     "Say of a job whose message was given up that it is dead."
     m,e = read_message(message.args[0]),getattr(message, '_exception', None)
-    what,*more = self.records.begin(m, f'{m.id} given up', worker_name())
     why = f'no module that this worker was started with declares {m.task!r}' if m.task not in self.tasks else str(e)
-    if what=='run':
-        error = Failure(type(e).__name__, f'{why}; Dramatiq keeps the message in its dead letter queue')
-        self.records.finish(m.id, Done(seq=0, attempt=more[0].attempt, state=State.dead, error=error))
+    self.bury(m, Failure(type(e).__name__, f'{why}; Dramatiq keeps the message in its dead letter queue'))
 
 # %% ../../nbs/api/54_dramatiq.ipynb #94b1994f
 def _envelope(m) -> DramatiqMessage:

@@ -76,6 +76,20 @@ def test_a_worker_that_is_killed_loses_no_job(anywhere, tmp_path):
     job = anywhere.queue.get(job)
     assert (job.state, job.attempt, job.tries, job.crashes)==('succeeded', 2, 1, 1)
 
+def test_a_job_that_no_worker_knows_is_dead_and_can_be_tried_again(anywhere):
+    worker = anywhere.worker()
+    job = anywhere.queue.task(name='late', queue=anywhere.env['CHECK_PREFIX']+'default')(print).enqueue()
+    until(lambda: anywhere.queue.get(job).state=='dead')
+    assert "no task 'late'" in anywhere.queue.get(job).error.message and worker.popen.poll() is None
+    assert anywhere.queue.retry(job).state=='queued'
+
+def test_messages_may_be_compressed(site, redis_url):
+    s = site(redis_url, redis_url)
+    s.app.conf.task_compression = 'gzip'
+    s.worker()
+    jobs = [s.task('grow').enqueue('a') for _ in range(3)]
+    assert [s.queue.result(j, 30) for j in jobs]==['aa']*3
+
 def test_redis_gives_the_messages_of_a_dead_worker_to_another(site, redis_url, tmp_path):
     s = site(redis_url, redis_url, visible=3)
     path = tmp_path/'hold'
