@@ -21,7 +21,8 @@ def new_secret() -> str: # `'whsec_…'`
 
 def _key(secret) -> bytes:
     "The bytes of a secret."
-    try: key = b64decode(secret.removeprefix('whsec_'), validate=True) if secret.startswith('whsec_') else b''
+    given = secret if isinstance(secret, str) and secret.startswith('whsec_') else ''
+    try: key = b64decode(given.removeprefix('whsec_'), validate=True)
     except ValueError: key = b''
     if 24 <= len(key) <= 64: return key
     raise BadOption("this is no secret: give 'whsec_' and 24 to 64 random bytes as base64, such as new_secret() makes")

@@ -6,6 +6,7 @@
 __all__ = ['lifespan', 'routes', 'accepted', 'job_status', 'status_head']
 
 # %% ../nbs/api/50_web.ipynb #ed708d5e
+import re
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from hashlib import blake2b
@@ -71,10 +72,13 @@ def _answer(data, status=200, **headers):
     headers = {k.replace('_', '-'): v for k,v in headers.items()}
     return Response(json.encode(data), status, headers, 'application/json')
 
+_here = re.compile(r'(localhost|127\.0\.0\.1|\[::1\]|testserver)(:[0-9]+)?')
+
 def _local(conn) -> bool:
-    "Does a request come from this machine, and not by way of a proxy?"
-    host = conn.client.host if conn.client else ''
-    return host in ('127.0.0.1', '::1', 'testclient') and not {'forwarded', 'x-forwarded-for'} & set(conn.headers)
+    "Does a request come from this machine, by its own name, and not by way of a proxy?"
+    host,h = conn.client.host if conn.client else '',conn.headers
+    if host not in ('127.0.0.1', '::1', 'testclient') or not _here.fullmatch(h.get('host', '').lower()): return False
+    return not {'forwarded', 'x-forwarded-for'} & set(h)
 
 def _after(conn) -> int|None:
     "Tell what a reader says it has seen last."

@@ -253,7 +253,7 @@ def test_a_reader_that_leaves_is_forgotten(tmp_path, wrap):
             while take(events, 1)[0]['event']!='progress': pass
         assert soon(lambda: client.get('/stats').json()['readers']==0)
 
-def mute(client, path, ask='GET %s HTTP/1.1\r\nHost: x\r\n\r\n'):
+def mute(client, path, ask='GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n'):
     "A reader that asks and then reads nothing"
     s = socket.socket()
     s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -388,8 +388,9 @@ def test_a_job_of_somebody_else_does_not_exist(tmp_path, auth):
         assert refused.value.response.status_code==401
 
 def test_the_stream_of_all_jobs_is_not_for_strangers(client):
-    for name in ('X-Forwarded-For', 'Forwarded'):
-        got = client.get('/jobs/events', headers={name: '203.0.113.9'})
+    for head in ({'X-Forwarded-For': '203.0.113.9'}, {'Forwarded': 'for=203.0.113.9'}, {'Host': 'shop.example'},
+                 {'Host': 'localhost.shop.example'}, {'Host': ''}):
+        got = client.get('/jobs/events', headers=head)
         assert got.status_code==403 and 'auth=' in got.json()['detail']
 
 def test_pages_of_other_sites_open_no_websocket(tmp_path):
