@@ -151,6 +151,9 @@ def register(self:CeleryBackend, task:Any) -> None:
     if name in self.app._tasks and getattr(self.app._tasks[name], 'bgtasks', None) is not self:
         raise BadOption(f"the Celery app has a task {name!r} of its own, or of another CeleryBackend; give this one "
                         "another: @queue.task(name='…')")
+    if route := self.app.amqp.router.lookup_route(name):
+        raise BadOption(f'the Celery app sends {name} elsewhere, task_routes has {route!r}; bgtasks sends a job to the '
+                        'queue of its task: take it out of the routes, and give queue= to the task')
     self.app._tasks.pop(name, None) # declared again, as in a notebook
     @self.app.task(name=name, lazy=False, bgtasks=self, **_options)
     def run(request, text=None): _take(self, name, request, text)
