@@ -152,7 +152,10 @@ def worker(place, processes, queues, **options):
         _refuse(place, queue := find_queue(place))
         Worker(queue, **options) # which checks them
     except BadOption as e: raise click.ClickException(str(e)) from None
-    logging.getLogger('bgtasks').info('%s: %d tasks, %d processes', place, len(queue.tasks), processes)
+    log = logging.getLogger('bgtasks')
+    log.info('%s: tasks %s; processes: %d', place, ', '.join(sorted(queue.tasks)), processes)
+    if lost := {k:n for k,n in queue.waiting().items() if k not in queue.tasks and not k.startswith('bgtasks.')}:
+        log.warning('Jobs wait for tasks that %s does not know, by task: %s', place, lost)
     queue.close()
     Herd(processes, _serve, place, options).run()
 

@@ -6,12 +6,13 @@
 __all__ = ['TaskOptions', 'Task', 'EnqueueTask']
 
 # %% ../nbs/api/25_task.ipynb #ed533fd3
-import inspect, logging
+import inspect, logging, sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial, update_wrapper
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from starlette.background import BackgroundTask as StarletteTask
@@ -102,6 +103,14 @@ def _is_async(func) -> bool:
     while isinstance(func, partial): func = func.func
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, '__call__', None))
 
+def _name(func) -> str:
+    "The name of `func`, in a file that runs as the program the one that it has for all who import it."
+    name,main = task_name(func),sys.modules.get('__main__')
+    if not name.startswith('__main__.') or getattr(func, '__globals__', None) is not vars(main): return name
+    spec,file = getattr(main, '__spec__', None),getattr(main, '__file__', None)
+    module = spec.name if spec else Path(file).stem if file else '__main__'
+    return name.replace('__main__', module, 1)
+
 def _checked(func):
     "Give back a function that can be a task."
     if not callable(func): raise BadTask(f'A task must be a function or another callable, not {func!r}.')
@@ -122,7 +131,7 @@ class Task:
     ):
         update_wrapper(self, _checked(func), updated=())
         self.func,self.owner,self.is_async = func,owner,_is_async(func)
-        self.name = task_name(func) if name is None else _text('name', name, 'a text')
+        self.name = _name(func) if name is None else _text('name', name, 'a text')
         self.codec = Codec(func, self.name, max_payload)
         self._delay,self._run_at,self._after = None,None,()
         self._take(options)
