@@ -156,7 +156,7 @@ def test_kill_9_loses_nothing(tmp_path, signs):
         for kills in range(5): # more often than a worker bears by default
             before = len(stored(data))
             assert soon(lambda: len(stored(data)) > before+1)
-            assert soon(lambda: [card(demo, o)['data-state'] for o in (file, call)]==['running']*2) # one after the other
+            assert soon(lambda: [card(demo, o)['data-state'] for o in (file, call)]==['running']*2) # not at once
             for pid in (*demo.children, demo.proc.pid): os.kill(pid, signal.SIGKILL)
             demo.proc.communicate()
             assert 0 < len(stored(data)) < 368
