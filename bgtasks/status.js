@@ -7,12 +7,15 @@
 const unfinished = ['queued', 'running'], states = [...unfinished, 'succeeded', 'dead', 'cancelled']
 const pages = new Map() // what follows the jobs of one prefix, by prefix
 
+const number = o => Number.isInteger(o) ? `${o}` : o.toFixed(2)
+
 class Follower {
-  constructor(base) { this.base = base; this.elements = new Map(); this.line = new Set() }
+  constructor(base) { this.base = base; this.elements = new Map(); this.line = new Set(); this.awaited = new Set() }
 
   add(el) {
     if (!this.elements.has(el.job)) this.elements.set(el.job, new Set())
     this.elements.get(el.job).add(el)
+    if (el.state) this.awaited.add(el.job) // its end will be news, in whichever element it is seen first
     this.soon()
   }
 
@@ -81,15 +84,25 @@ class JobStatus extends HTMLElement {
     const src = this.getAttribute('src') ?? '', cut = src.lastIndexOf('/')
     const base = src.slice(0, cut)
     this.job = decodeURIComponent(src.slice(cut + 1))
+    this.state = this.dataset.state
     if (!pages.has(base)) pages.set(base, new Follower(base))
     this.follower = pages.get(base)
     this.addEventListener('click', this)
     this.offer()
     if (!this.childElementCount) this.refresh() // an empty one, written by hand
-    if (!this.dataset.state || unfinished.includes(this.dataset.state)) this.follower.add(this)
+    if (!this.state || unfinished.includes(this.state)) this.follower.add(this)
+    else setTimeout(() => this.ended(), 0) // it came in place of one that was unfinished
   }
 
   disconnectedCallback() { this.follower.remove(this) }
+
+  // what morphs a page changes an element without taking it out
+  static observedAttributes = ['src', 'data-state']
+  attributeChangedCallback(name, before, now) {
+    if (!this.follower || !this.isConnected || before === now || name !== 'src' && now === this.state) return
+    if (name === 'src') { this.disconnectedCallback(); this.quarter = undefined; this.connectedCallback() }
+    this.refresh()
+  }
 
   async handleEvent(event) {
     const pressed = event.target.closest?.('[data-cancel], [data-notify]')
@@ -117,7 +130,7 @@ class JobStatus extends HTMLElement {
       if (quarter > (this.quarter ?? 0) && quarter < 4) this.say(`${this.name}: ${quarter * 25} %`)
       this.quarter = quarter
     }
-    if (text) text.textContent = [total ? `${done} / ${total}` : done, message].filter(o => o !== '').join(' · ')
+    if (text) text.textContent = [total ? `${number(done)} / ${number(total)}` : number(done), message].filter(o => o !== '').join(' · ')
   }
 
   get name() { return this.querySelector('[data-part=title]')?.textContent.trim() || this.job }
@@ -131,13 +144,15 @@ class JobStatus extends HTMLElement {
   async refresh() {
     if (this.asking) { this.again = true; return }
     this.asking = true
+    const src = this.getAttribute('src')
     let html, gone
     try {
-      const resp = await fetch(this.getAttribute('src'), {headers: {Accept: 'text/html'}, cache: 'no-cache'})
+      const resp = await fetch(src, {headers: {Accept: 'text/html'}, cache: 'no-cache'})
       gone = resp.status === 404
       if (resp.ok) html = await resp.text()
     } catch {}
     this.asking = false
+    if (src !== this.getAttribute('src')) { this.again = false; return this.refresh() }
     if (gone) this.follower.remove(this)
     else this.toggleAttribute('data-offline', html === undefined)
     if (html !== undefined && this.isConnected) this.become(html)
@@ -149,25 +164,30 @@ class JobStatus extends HTMLElement {
     page.innerHTML = html
     const fresh = page.content.querySelector('job-status')
     if (!fresh) return
-    const before = this.dataset.state, now = fresh.dataset.state
+    const before = this.state, now = fresh.dataset.state
     for (const kept of this.querySelectorAll('[data-keep]')) {
       const place = fresh.querySelector(`[data-keep="${kept.dataset.keep}"]`)
       place ? place.replaceWith(kept) : fresh.append(kept)
     }
     const focus = this.contains(document.activeElement) && document.activeElement
     this.replaceChildren(...fresh.childNodes)
+    this.state = now
     this.dataset.state = now
+    globalThis.htmx?.process(this) // there may be hx-… in it
     this.querySelector('[role=progressbar]')?.setAttribute('aria-label', this.name)
     if (focus && this.contains(focus)) focus.focus()
     this.offer()
-    if (unfinished.includes(now)) { if (before !== now) this.say(this.said); return }
+    if (unfinished.includes(now)) { this.follower.add(this); if (before !== now) this.say(this.said); return }
     this.follower.remove(this)
-    if (before && unfinished.includes(before)) this.ended(now)
+    this.ended()
   }
 
   get said() { return `${this.name}: ${this.querySelector('[data-part=state]')?.textContent.trim()}` }
 
-  ended(state) {
+  // say so once for each job, however many elements show it
+  ended() {
+    const state = this.state
+    if (unfinished.includes(state) || !this.follower.awaited.delete(this.job)) return
     const error = this.querySelector('[data-part=error]')?.textContent.trim()
     toast(this.said, error, state)
     notify(this.said, error, this.job)
@@ -183,7 +203,7 @@ function toast(title, text, state) {
     place.className = 'job-toasts'
     place.setAttribute('role', 'status')
     place.setAttribute('aria-live', 'polite')
-    document.body.append(place)
+    document.documentElement.append(place) // not in the body, which HTMX may replace, or keep a copy of
     document.addEventListener('keydown', e => { if (e.key === 'Escape') place.lastElementChild?.remove() })
   }
   const note = document.createElement('div'), head = document.createElement('strong'), close = document.createElement('button')

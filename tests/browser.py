@@ -1,5 +1,6 @@
 "A real browser without a window, and pictures of what it shows."
 import os, shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def browser(tmp_path):
     res = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield res
     res.quit()
+
+def htmx_files():
+    "The real HTMX, as a Python package ships it byte for byte: `htmx-2.min.js`, `htmx-4.min.js`"
+    spec = find_spec('django_htmx')
+    return sorted(Path(spec.origin).parent.glob('static/django_htmx/htmx-?.min.js')) if spec else []
 
 def shoot(browser, name):
     "Save the page as it is, wide and narrow, light and dark"

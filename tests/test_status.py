@@ -7,7 +7,7 @@ from selenium.webdriver import ActionChains, Keys
 
 import web_app
 from bgtasks.server import Server
-from browser import browser, needs_browser, shoot
+from browser import browser, htmx_files, needs_browser, shoot
 from test_web import go, serving, soon, start
 
 pytestmark = needs_browser
@@ -184,3 +184,98 @@ def test_in_other_frameworks(browser, tmp_path, make, path):
         assert soon(lambda: page.states()==['running'])
         go(client)
         assert soon(lambda: page.states()==['succeeded'] and page.find('.job-toast'))
+
+# Beside HTMX
+
+HTMX = {o.stem.partition('.')[0]: o for o in htmx_files()}
+
+@pytest.fixture(params=['htmx-2', 'htmx-4'])
+def htmx(request, tmp_path):
+    "A server whose pages have the real HTMX, of a version that is the test's parameter"
+    if request.param not in HTMX: pytest.skip(f'needs {request.param}, as django-htmx 1.29 ships it (the extra `dev`)')
+    with serving(web_app.htmx_app(tmp_path/'q.db', HTMX[request.param])) as client: yield client
+
+class HtmxPage(Page):
+    "A page with some jobs on it, and above them what HTMX is told"
+    def __init__(self, browser, client, do, *jobs):
+        self.browser,self.client,self.jobs = browser,client,[o.rpartition('/')[2] for o in jobs]
+        browser.get(str(client.base_url.join('/htmx').copy_with(params=dict(do=do, job=self.jobs))))
+        assert soon(lambda: self.run('return !!window.htmx'))
+
+    def press(self, css='#press'): self.run('document.querySelector(arguments[0]).click()', css)
+    def shown(self): return self.run('return [...document.querySelectorAll("job-status")].map(o => o.job)')
+    def followed(self): o = self.client.get('/stats').json(); return o['readers'],o['follows']
+    def toasts(self): return self.text('.job-toast strong')
+
+def test_htmx_swaps_jobs_in(htmx, browser):
+    do = '<button id="press" hx-post="/begin" hx-target="#jobs" hx-swap="beforeend">Begin</button>'
+    page = HtmxPage(htmx, browser, do)
+    assert page.followed()==(0, [])
+    for n in (1, 2, 3):
+        page.press()
+        assert soon(lambda: page.states()==['running']*n)
+    assert soon(lambda: page.followed()==(1, sorted(page.shown()))) # three jobs, one line
+    go(htmx, 3)
+    assert soon(lambda: page.states()==['succeeded']*3 and len(page.find('.job-toast'))==3)
+    assert soon(lambda: page.followed()==(0, []))
+    # what was fetched anew in the meantime is HTMX's as well
+    page.press('job-status button')
+    assert soon(lambda: page.text('#asked')=='asked') and page.complaints()==[]
+
+def swaps(*hows): # only HTMX 4 has swaps that morph
+    return pytest.mark.parametrize('htmx,swap', [(v, o) for v in ('htmx-2', 'htmx-4') for o in hows
+                                                 if v=='htmx-4' or 'Morph' not in o], indirect=['htmx'])
+
+@swaps('outerHTML', 'outerMorph', 'delete', 'innerHTML target:#jobs')
+def test_htmx_swaps_a_live_job_out(htmx, browser, swap):
+    a,b,c = sorted((start(htmx, n=1) for _ in range(3)), key=lambda o: o[6:])
+    how,_,target = swap.partition(' target:')
+    do = (f'<button id="press" hx-get="/one?job={c[6:]}" hx-target="{target or "job-status"}" hx-swap="{how}">Other'
+          '</button>')
+    page = HtmxPage(htmx, browser, do, a, b)
+    assert soon(lambda: page.states()==['running']*2 and page.followed()==(1, [a[6:], b[6:]]))
+    page.press()
+    left = [b[6:]] if how=='delete' else [c[6:]] if target else [c[6:], b[6:]]
+    assert soon(lambda: page.shown()==left)
+    assert soon(lambda: page.followed() in ((1, sorted(left)), (1, [a[6:], b[6:]])))
+    go(htmx, 3)
+    assert soon(lambda: page.states()==['succeeded']*len(left) and len(page.find('.job-toast'))==len(left))
+    assert a[6:] not in page.toasts() and soon(lambda: page.followed()==(0, []))
+
+@swaps('outerHTML', 'outerMorph')
+def test_htmx_polls_beside_the_stream(htmx, browser, swap):
+    url = start(htmx, n=1)
+    do = f'<div hx-get="/one?job={url[6:]}" hx-trigger="every 50ms" hx-target="job-status" hx-swap="{swap}"></div>'
+    page = HtmxPage(htmx, browser, do, url)
+    asked = 'return performance.getEntriesByType("resource").filter(o => o.name.includes("/one")).length'
+    assert soon(lambda: page.run(asked) > 10) and page.states()==['running']
+    assert page.followed()==(1, [url[6:]]) # the same line all the time
+    go(htmx)
+    assert soon(lambda: page.find('.job-toast')) and page.toasts()==f'{url[6:]}: Done'
+    before = page.run(asked)
+    assert soon(lambda: page.run(asked) > before+10)
+    assert len(page.find('.job-toast'))==1 and page.states()==['succeeded'] and page.followed()==(0, [])
+
+@pytest.mark.parametrize('boost', ['true', 'false'])
+def test_htmx_navigates_and_comes_back(htmx, browser, boost):
+    done,other,url = (start(htmx, n=n) for n in (0, 1, 1))
+    do = f'<a id="press" hx-boost="{boost}" href="/elsewhere">Elsewhere</a>'
+    page = HtmxPage(htmx, browser, do, other, url)
+    assert soon(lambda: page.states()==['running']*2 and page.followed()[0]==1)
+    go(htmx)
+    assert soon(lambda: len(page.find('.job-toast'))==1)
+    page.press()
+    assert soon(lambda: page.text('h1')=='Elsewhere')
+    assert soon(lambda: page.followed()==(0, [])) # nothing is followed from there
+    # the note stays where the page was not left for good; it is no part of what HTMX keeps
+    assert len(page.find('.job-toast'))==(boost=='true')
+    go(htmx)
+    assert soon(lambda: htmx.get(url).json()['state']=='succeeded')
+    browser.back()
+    assert soon(lambda: page.states()==['succeeded']*2)
+    assert len(page.find('.job-toasts'))<=1 and soon(lambda: page.followed()==(0, []))
+    late = start(htmx, n=1)
+    page.run('htmx.ajax("GET", arguments[0], {target: "#jobs", swap: "innerHTML"})', f'/one?job={late[6:]}')
+    assert soon(lambda: page.states()==['running'] and page.followed()==(1, [late[6:]]))
+    go(htmx)
+    assert soon(lambda: page.states()==['succeeded'] and late[6:] in page.toasts() and page.followed()==(0, []))

@@ -3,13 +3,13 @@ import asyncio
 from types import SimpleNamespace
 
 from fastapi import FastAPI, Request
-from fasthtml.common import Titled, fast_app
+from fasthtml.common import H1, Button, Div, Meta, NotStr, P, Script, Titled, fast_app
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from bgtasks import TaskQueue, progress
@@ -57,7 +57,8 @@ def handlers(o):
         return Response()
     async def stats(request):
         live = o.live
-        return JSONResponse(dict(readers=len(live.readers), dropped=live.dropped, shown=o.shown[-1:],
+        follows = sorted(id for f in live.readers for id in f.jobs or ())
+        return JSONResponse(dict(readers=len(live.readers), dropped=live.dropped, shown=o.shown[-1:], follows=follows,
                                  feeds=[r.task is not None for r in o.queue.feed._readers.values()]))
     async def show(request):
         jobs = [o.queue.get(i) for i in request.query_params.getlist('job')]
@@ -65,14 +66,38 @@ def handlers(o):
     return [Route('/start', start, methods=['POST']), Route('/go', go, methods=['POST']), Route('/stats', stats),
             Route('/page', show)]
 
-def settings(path, auth=None, **kw):
+def htmx_app(path, script):
+    "Jobs that come and go by way of HTMX, whose file is `script`"
+    head = (*status_head(), Meta(name='htmx-config', content='{"includeIndicatorStyles": false}'),
+            Script(src='/htmx.js', defer=True))
+    ask = Button('Ask', type='button', hx_get='/asked', hx_target='#asked')
+    def shown(job, **kw): return job_status(job, ask, title=job.id, **kw)
+    o = settings(path, card=shown)
+    def fragment(job): return HTMLResponse(to_xml(shown(job)))
+    async def begin(request): return fragment(await o.queue.tasks['steps'].aenqueue(1))
+    async def one(request): return fragment(o.queue.get(request.query_params['job']))
+    async def asked(request): return HTMLResponse('asked')
+    async def start(request):
+        "Whatever is to be done with the jobs, the page says in `do`, which is put around those in `job`"
+        q = request.query_params
+        jobs = [shown(o.queue.get(i)) for i in q.getlist('job')]
+        return page(Div(NotStr(q.get('do', ''))), Div(*jobs, id='jobs'), P(id='asked'), head=head)
+    async def elsewhere(request): return page(H1('Elsewhere'), head=head)
+    async def file(request): return FileResponse(script)
+    routes = [Route('/begin', begin, methods=['POST']), Route('/one', one), Route('/asked', asked),
+              Route('/htmx', start), Route('/elsewhere', elsewhere), Route('/htmx.js', file)]
+    app = Starlette(routes=[*routes, *handlers(o), *o.routes], lifespan=lifespan(o.queue, grace=0))
+    app.state.o = o
+    return app
+
+def settings(path, auth=None, card=job_status, **kw):
     queue,gate = queue_at(path)
     auth = dict(sync=allowed, later=allowed_async).get(auth, auth)
     res = SimpleNamespace(queue=queue, gate=gate, shown=[])
-    def card(job, **kw):
+    def noted(job, **kw):
         res.shown.append(job.state)
-        return job_status(job, **kw)
-    res.routes = routes(queue, auth=auth, card=card, **kw)
+        return card(job, **kw)
+    res.routes = routes(queue, auth=auth, card=noted, **kw)
     cells = [c.cell_contents for c in res.routes[2].endpoint.__closure__]
     res.live = next(o.live for o in cells if hasattr(o, 'live')) # for what it counts
     return res
