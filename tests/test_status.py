@@ -209,7 +209,7 @@ class HtmxPage(Page):
 
 def test_htmx_swaps_jobs_in(htmx, browser):
     do = '<button id="press" hx-post="/begin" hx-target="#jobs" hx-swap="beforeend">Begin</button>'
-    page = HtmxPage(htmx, browser, do)
+    page = HtmxPage(browser, htmx, do)
     assert page.followed()==(0, [])
     for n in (1, 2, 3):
         page.press()
@@ -232,7 +232,7 @@ def test_htmx_swaps_a_live_job_out(htmx, browser, swap):
     how,_,target = swap.partition(' target:')
     do = (f'<button id="press" hx-get="/one?job={c[6:]}" hx-target="{target or "job-status"}" hx-swap="{how}">Other'
           '</button>')
-    page = HtmxPage(htmx, browser, do, a, b)
+    page = HtmxPage(browser, htmx, do, a, b)
     assert soon(lambda: page.states()==['running']*2 and page.followed()==(1, [a[6:], b[6:]]))
     page.press()
     left = [b[6:]] if how=='delete' else [c[6:]] if target else [c[6:], b[6:]]
@@ -246,7 +246,7 @@ def test_htmx_swaps_a_live_job_out(htmx, browser, swap):
 def test_htmx_polls_beside_the_stream(htmx, browser, swap):
     url = start(htmx, n=1)
     do = f'<div hx-get="/one?job={url[6:]}" hx-trigger="every 50ms" hx-target="job-status" hx-swap="{swap}"></div>'
-    page = HtmxPage(htmx, browser, do, url)
+    page = HtmxPage(browser, htmx, do, url)
     asked = 'return performance.getEntriesByType("resource").filter(o => o.name.includes("/one")).length'
     assert soon(lambda: page.run(asked) > 10) and page.states()==['running']
     assert page.followed()==(1, [url[6:]]) # the same line all the time
@@ -260,7 +260,7 @@ def test_htmx_polls_beside_the_stream(htmx, browser, swap):
 def test_htmx_navigates_and_comes_back(htmx, browser, boost):
     done,other,url = (start(htmx, n=n) for n in (0, 1, 1))
     do = f'<a id="press" hx-boost="{boost}" href="/elsewhere">Elsewhere</a>'
-    page = HtmxPage(htmx, browser, do, other, url)
+    page = HtmxPage(browser, htmx, do, other, url)
     assert soon(lambda: page.states()==['running']*2 and page.followed()[0]==1)
     go(htmx)
     assert soon(lambda: len(page.find('.job-toast'))==1)
