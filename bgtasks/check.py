@@ -9,6 +9,8 @@ __all__ = ['check_store']
 import os, select, threading
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from .job import Done, Failure, Progress, State
 from .store import Store
 from .family import promised
@@ -54,6 +56,12 @@ def _(t):
     (a,),(b, c) = t.calls(key='k', after=('nobody',)),t.calls(2, key='k')
     jobs = t.store.add([a, b, c])
     yield (_ids(jobs), [j.state for j in jobs]), ([a.id, b.id, b.id], ['cancelled', 'queued', 'queued'])
+
+@_promise('add: one that is to run after itself, or after a later one, is cancelled, for it might wait for ever')
+def _(t):
+    a,b,c = t.calls(3)
+    calls = [replace(o, after=(i.id,)) for o,i in ((a, a), (b, c), (c, b))]
+    yield [j.state for j in t.store.add(calls)], ['cancelled']*3
 
 # %% ../nbs/api/38_check.ipynb #c9e46b4d
 @_promise('claim: gives due jobs, highest priority first, then in order of recording, at most `limit`')

@@ -9,6 +9,7 @@ __all__ = ['dumps', 'loads', 'Codec']
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from datetime import datetime, time
 from math import isfinite
 from pathlib import PurePath
 from types import SimpleNamespace
@@ -70,6 +71,10 @@ def _no_number(v) -> bool:
 # %% ../nbs/api/12_codec.ipynb #d6bc6e5d
 _simple = str, int, float, list, tuple, Mapping, type(None)
 
+def _shifted(v, back) -> bool:
+    "Has the offset of a time lost its seconds, which JSON's format of a time doesn't have?"
+    return isinstance(v, (datetime, time)) and isinstance(back, (datetime, time)) and v.utcoffset()!=back.utcoffset()
+
 def _same(a, b) -> bool:
     try: return bool(a == b)
     except Exception: return False
@@ -77,6 +82,8 @@ def _same(a, b) -> bool:
 def _changed(v, back, path='') -> str|None:
     "Name the first part of `v` that has come `back` as something that the annotation doesn't ask for."
     if _same(v, back): return
+    if _shifted(v, back):
+        return f'would come back as another time{_at(path)}: {v.utcoffset()} from UTC is no full minute'
     both = lambda *t: isinstance(v, t) and isinstance(back, t)
     if type(v) is type(back) or both(list, tuple) or both(Mapping):
         ours,theirs = _parts(v), _parts(back)

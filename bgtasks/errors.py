@@ -8,7 +8,6 @@ __all__ = ['BgTasksError', 'BadTask', 'BadOption', 'TaskTimeout', 'NotPicklable'
            'Cancel', 'Unusable', 'Unsupported', 'BackendUnavailable', 'NotDelivered', 'BadSignature', 'UnknownSecret']
 
 # %% ../nbs/api/01_errors.ipynb #9626a829
-from math import isfinite
 from typing import Any
 
 # %% ../nbs/api/01_errors.ipynb #e2c34b2c
@@ -81,7 +80,7 @@ class Retry(Exception):
         after:float|None=None # Seconds to wait; as the task's backoff says if missing
     ):
         if after is not None and (isinstance(after, bool) or not isinstance(after, (int, float))
-                                  or not isfinite(after) or after < 0):
+                                  or not 0 <= after <= 1e300):
             raise BadOption(f'Retry(after={after!r}): give the seconds to wait, 0 or more')
         super().__init__(after)
         self.after = after

@@ -28,10 +28,12 @@ from .task import Task, TaskOptions
 # %% ../nbs/api/31_queue.ipynb #0afbdd62
 _ends = {State.succeeded, State.dead, State.cancelled}
 
+def _utf8(s): return s.encode(errors='backslashreplace').decode() # what came in an address may be no UTF-8
+
 def _id(job) -> str:
     "The id of `job`, which may be one."
     if isinstance(job, Job): return job.id
-    if isinstance(job, str): return job
+    if isinstance(job, str): return _utf8(job)
     raise BadOption(f'{job!r} is no job: give a Job, or the id of one')
 
 def _known(job, id) -> Job:
@@ -131,7 +133,8 @@ def use(self:TaskQueue,
     middleware:Callable # `async def mw(job, call): return await call(job)`
 ) -> Callable: # The same
     "Wrap every run of a job in `middleware`, inside of those that are there."
-    if not any(map(inspect.iscoroutinefunction, (middleware, getattr(middleware, '__call__', None)))):
+    parts = () if isinstance(middleware, type) else (middleware, getattr(middleware, '__call__', None))
+    if not any(map(inspect.iscoroutinefunction, parts)):
         raise BadOption(f'use({middleware!r}): give an async function of a job and of the call to go on with')
     self.middleware.append(middleware)
     return middleware
@@ -154,6 +157,14 @@ def get(self:TaskQueue,
     "Read a job."
     return self.store.get(_id(job))
 
+def _name(option, v):
+    if v is None or isinstance(v, str): return v and _utf8(v)
+    raise BadOption(f'{option}={v!r}: give a name')
+
+def _number(option, v):
+    if isinstance(v, int) and not isinstance(v, bool) and v >= 0: return min(v, 2**62) # more than any store holds
+    raise BadOption(f'{option}={v!r}: give a whole number, 0 or more')
+
 @patch
 def find(self:TaskQueue, *,
     state:State|str|None=None,  # Only jobs in this state
@@ -165,8 +176,9 @@ def find(self:TaskQueue, *,
     "List jobs."
     try: state = None if state is None else State(state)
     except ValueError: raise BadOption(f'state={state!r}: give one of {", ".join(State)}') from None
-    return self.store.find(state=state, task=task.name if isinstance(task, Task) else task, queue=queue, limit=limit,
-                           before=before.seq if isinstance(before, Job) else before)
+    where = dict(task=_name('task', task.name if isinstance(task, Task) else task), queue=_name('queue', queue))
+    if before is not None: where['before'] = _number('before', before.seq if isinstance(before, Job) else before)
+    return self.store.find(state=state, limit=_number('limit', limit), **where)
 
 # %% ../nbs/api/31_queue.ipynb #d823d0fd
 @patch
@@ -249,7 +261,7 @@ def cancel(self:TaskQueue,
     why:str=''   # For the person who reads its error
 ) -> Job: # As it is now; one that has ended stays as it is
     "Cancel a job; one that runs is stopped by its worker."
-    res = _known(self.store.cancel(_id(job), why), _id(job))
+    res = _known(self.store.cancel(_id(job), _utf8(str(why))), _id(job))
     self.wake()
     return res
 
@@ -270,7 +282,7 @@ def pause(self:TaskQueue,
     queue:str='default' # Its name
 ):
     "Let no worker claim from a named queue, in any process; what runs goes on."
-    self.store.pause(queue)
+    self.store.pause(_name('queue', queue))
 
 @patch
 def resume(self:TaskQueue,

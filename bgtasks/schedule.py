@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import takewhile
-from math import floor, isfinite
+from math import floor
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -20,6 +20,7 @@ from .errors import BadOption
 
 # %% ../nbs/api/11_schedule.ipynb #903441b9
 _units = dict(s=1, m=60, h=3600, d=86400, w=604800)
+_longest = 1e300 # what can still be added to the time of day
 
 def seconds(
     period:str|float|timedelta,  # `'30s'`, `'5m'`, `'1h30m'`, `'2d'`, `'1w'`; a number of seconds; or a `timedelta`
@@ -29,10 +30,10 @@ def seconds(
     if isinstance(period, timedelta): res = period.total_seconds()
     elif isinstance(period, str) and re.fullmatch(r'(\d+(\.\d+)?[smhdw])+', period, re.ASCII):
         res = sum(float(n)*_units[u] for n,u in re.findall(r'([\d.]+)([smhdw])', period))
-    elif isinstance(period, (int, float)) and not isinstance(period, bool): res = float(period)
+    elif isinstance(period, (int, float)) and not isinstance(period, bool): res = period
     else: raise BadOption(f"{name}={period!r}: give seconds, a timedelta, or a text such as '30s', '5m', '1h30m', '7d'")
-    if not (isfinite(res) and res >= 0): raise BadOption(f'{name}={period!r}: must be 0 or more, and not for ever')
-    return res
+    if 0 <= res <= _longest: return float(res)
+    raise BadOption(f'{name}={period!r}: must be 0 or more, and not for ever')
 
 # %% ../nbs/api/11_schedule.ipynb #036b5338
 class _Schedule:

@@ -272,6 +272,8 @@ def await_parents(
     found = {i:(s, st) for i,s,st in rows.fetchall()}
     for i in job.after:
         if i not in found: return cancel_jobs(cx, {job.seq: f'it was to run after job {i}, which is unknown'}, now)
+        if found[i][0] >= job.seq: # it would wait for ever if that waits for it, or is itself
+            return cancel_jobs(cx, {job.seq: f'it was to run after job {i}, which was not recorded before it'}, now)
     waits = [s for s,st in found.values() if st != SUCCEEDED]
     cx.executemany('INSERT INTO deps(parent,child) VALUES(?,?)', [(s, job.seq) for s in waits])
     for i,(_,st) in found.items():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial, update_wrapper
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,10 @@ def _whole(name, v, low=None, high=2**62):
     if isinstance(v, int) and not isinstance(v, bool) and (low is None or v >= low) and abs(v) <= high: return v
     raise BadOption(f'{name}={v!r}: give a whole number' + ('' if low is None else f', {low} or more'))
 
+def _in_utf8(s): return s==s.encode(errors='ignore').decode()
+
 def _text(name, v, what):
-    if isinstance(v, str) and v and v==v.encode(errors='ignore').decode(): return v
+    if isinstance(v, str) and v and _in_utf8(v): return v
     raise BadOption(f'{name}={v!r}: give {what}' + ', in characters that UTF-8 has'*(isinstance(v, str) and v!=''))
 
 def _kinds(name, v):
@@ -86,14 +87,14 @@ def _time(v) -> float:
     if isinstance(v, datetime):
         if v.tzinfo is None: raise BadOption(f'run_at={v!r}: it has no time zone; give datetime.now(UTC) or its like')
         return v.timestamp()
-    if isinstance(v, (int, float)) and not isinstance(v, bool) and isfinite(v): return float(v)
+    if isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= 1e300: return float(v)
     raise BadOption(f'run_at={v!r}: give a datetime with a time zone, or seconds since 1970')
 
 def _ids(v) -> tuple[str, ...]:
     "Give the ids of one job or of several."
     jobs = [v] if isinstance(v, (str, Job)) else list(v) if isinstance(v, Iterable) else [None]
     ids = [j.id if isinstance(j, Job) else j for j in jobs]
-    if all(isinstance(i, str) and i for i in ids): return tuple(dict.fromkeys(ids))
+    if all(isinstance(i, str) and i and _in_utf8(i) for i in ids): return tuple(dict.fromkeys(ids))
     raise BadOption(f'after={v!r}: give jobs, or ids of jobs')
 
 _as_declared = object()

@@ -126,9 +126,10 @@ async def _one(self:Worker, a):
     "Run one attempt and take leave of it."
     reporter = self._reports.reporter(*a.key)
     try: out = await attempt(a.job, a.task, a.lane.runner, self.queue.middleware, reporter)
-    except GeneratorExit: raise
     except asyncio.CancelledError as e: out = None if a.stopped or self._pump_task.cancelling() else Outcome(error=e)
-    except BaseException as e: out = Outcome(error=e)
+    except BaseException as e:
+        if isinstance(e, GeneratorExit) and asyncio.current_task(self._loop) is None: raise # thrown away with its loop
+        out = Outcome(error=e)
     self._end(a, out)
 
 @patch

@@ -61,9 +61,10 @@ class ModelStore:
         self._note(row, State.queued)
         row.parents = {i for i in c.after if getattr(self.get(i), 'state', None) is not State.succeeded}
         for i in c.after:
-            if i not in self.rows or self.rows[i].state in (State.dead, State.cancelled):
+            unknown = i not in self.rows or self.rows[i] is row # the later ones of a list are not there yet
+            if unknown or self.rows[i].state in (State.dead, State.cancelled):
                 self._end(row, State.cancelled, error=Failure('Cancelled', f'after {i}'))
-                if i not in self.rows: row.parents = set() # nobody brings it back
+                if unknown: row.parents = set() # nobody brings it back
                 break
         return c.id
 
