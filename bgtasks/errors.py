@@ -51,6 +51,7 @@ Add it to the app: `app.add_middleware(BackgroundMiddleware)` in Starlette, Fast
 # %% ../nbs/api/01_errors.ipynb #72b1448e
 class StoreError(BgTasksError, RuntimeError):
     "The store of jobs can't do what it was asked."
+    passes:bool = False # Is it trouble that may be over soon, such as a full disk, and not with what was asked?
 
 # %% ../nbs/api/01_errors.ipynb #ef237159
 class BadArguments(BgTasksError, TypeError):

@@ -32,10 +32,14 @@ _hints = {apsw.ConnectionClosedError: 'it has been closed; open it again to go o
           apsw.IOError: 'reading or writing failed; look at the disk',
           apsw.CorruptError: 'it is damaged; restore a backup, or try the .recover command of the sqlite3 shell'}
 
+_passing = apsw.BusyError,apsw.LockedError,apsw.FullError,apsw.IOError,apsw.ReadOnlyError,apsw.CantOpenError
+
 def _trouble(path, e) -> StoreError:
     "Say in our words what SQLite said."
     hint = next((h for k,h in _hints.items() if isinstance(e, k)), 'SQLite refused')
-    return StoreError(f'{path}: {hint} ({type(e).__name__}: {e})')
+    res = StoreError(f'{path}: {hint} ({type(e).__name__}: {e})')
+    res.passes = isinstance(e, _passing)
+    return res
 
 # %% ../nbs/api/15_file.ipynb #f573620b
 def _patient(seconds):

@@ -289,7 +289,7 @@ def resume(self:TaskQueue,
     queue:str='default' # Its name
 ):
     "End a pause."
-    self.store.resume(queue)
+    self.store.resume(_name('queue', queue))
     self.wake()
 
 @patch

@@ -146,6 +146,6 @@ def due(
 ) -> tuple[float, bool]|None: # The tick to note, and is there to be a run? `None` if there is nothing to note
     "Tell the latest tick after `last`, if there was one up to `now`, and whether it is to run."
     check_missed(missed)
-    if last is None or set_back(schedule, last, now): return now, False
+    if last is None or last < 0 or set_back(schedule, last, now): return now, False # before 1970: a damaged record
     at = schedule.latest(last, now)
     return None if at is None else (at, missed=='once' or now-at <= grace)

@@ -379,9 +379,11 @@ def purge(self:SQLiteStore, older_than:float, limit:int=1000) -> int:
     return self._write(forget, sql, (self.clock()-older_than, limit))
 
 # %% ../nbs/api/21_sqlite.ipynb #c69163ec
+_tick_at = 'SELECT CAST(at AS REAL) FROM ticks WHERE name=?' # a number, though it may be damaged
+
 @patch
 def _tick(self:SQLiteStore, cx, name, last, at, call):
-    if cx.execute('SELECT at FROM ticks WHERE name=?', (name,)).get != last: return False
+    if cx.execute(_tick_at, (name,)).get != last: return False
     cx.execute('INSERT INTO ticks VALUES(?,?) ON CONFLICT DO UPDATE SET at=excluded.at', (name, at))
     if call is not None: self._add(cx, [call])
     return True
@@ -394,5 +396,5 @@ def tick(self:SQLiteStore, name:str, last:float|None, at:float, call:Call|None) 
 @patch
 def last_tick(self:SQLiteStore, name:str) -> float|None:
     "When the schedule last ticked."
-    rows = self.file.read('SELECT at FROM ticks WHERE name=?', (name,))
+    rows = self.file.read(_tick_at, (name,))
     return rows[0][0] if rows else None

@@ -128,7 +128,7 @@ def _finish_each(self:Turn, store):
         try: self._wrote([d], store.finish([d]))
         except Exception as e:
             self.error = e
-            if self.failed <= 3 or not self._bury(store, d): self.left.append(d)
+            if self.failed <= 3 or getattr(e, 'passes', False) or not self._bury(store, d): self.left.append(d)
     if len(self.left)==len(left): raise self.error
 
 @patch

@@ -1,5 +1,5 @@
 "What can go wrong with the file, the disk, the clock and the processes: a clear error, and nothing lost."
-import os, signal, subprocess, sys, textwrap, time
+import asyncio, os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import apsw, pytest
@@ -130,6 +130,43 @@ def test_a_full_disk_refuses_and_keeps_what_was_accepted(path):
         '''
     ids,store = ran(code, path),SQLiteStore(path)
     assert len(ids) > 20 and sorted(ids)==sorted(j.id for j in store.find(limit=10**6)) and sound(path)
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of eight megabytes"
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', tmp_path], capture_output=True).returncode:
+        pytest.skip('no tmpfs can be mounted here: that takes root on Linux')
+    yield tmp_path
+    subprocess.run(['umount', '-l', tmp_path], check=True)
+
+@pytest.mark.skipif(sys.platform!='linux', reason='there is no tmpfs')
+@pytest.mark.anyio
+async def test_a_full_disk_and_room_again(anyio_backend, small_disk):
+    "What was accepted stays, large results wait with the worker, and all goes on when there is room"
+    rest,path = small_disk/'rest',small_disk/'q.db'
+    with TaskQueue(SQLiteStore(path)) as queue:
+        full = asyncio.Event()
+        @queue.task(name='grow')
+        async def grow(n:int, pad:str='') -> str:
+            await full.wait()
+            return str(n)*300_000
+        async with Worker(queue, concurrency=5) as worker:
+            accepted = [grow.enqueue(n) for n in range(10)] # the first five run, and wait
+            while len(worker._running) < 5: await asyncio.sleep(.01)
+            with pytest.raises(OSError), rest.open('wb', 0) as f:
+                while f.write(b'x'*4096)==4096: pass # all of the disk
+            with pytest.raises(StoreError, match='the disk is full'):
+                for _ in range(1000): accepted.append(grow.enqueue(1, 'x'*50_000)) # until the log is full, too
+            with pytest.raises(StoreError, match='the disk is full'): await grow.aenqueue(1, 'x'*100_000)
+            os.truncate(rest, rest.stat().st_size-60_000) # room for a small verdict, and for none of these
+            full.set()
+            while worker._trouble < 5: await asyncio.sleep(.01) # what no store takes would be given up by now
+            counts = queue.counts() # reading goes on
+            assert counts[State.dead]==0 and sum(counts.values())==len(accepted)
+            rest.unlink()
+            assert [await queue.aresult(j, 60) for j in accepted]==[str(j.args[0])*300_000 for j in accepted]
+            assert len(await queue.aresult(await grow.aenqueue(7), 60))==300_000
+    assert sound(path)
 
 def test_errors_of_reading_and_writing_are_told(path, monkeypatch):
     store = SQLiteStore(path)
