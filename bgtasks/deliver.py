@@ -10,7 +10,7 @@ from typing import Any
 
 from .mail import deliver_email
 from .retry import Backoff
-from .webhook import deliver_webhook
+from .post import deliver_webhook
 
 # %% ../nbs/api/39_deliver.ipynb #952eb88d
 patience = Backoff(base=5, factor=4, max=6*3600)

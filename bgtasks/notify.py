@@ -15,7 +15,7 @@ from .errors import BadOption
 from .job import Failure, Job, Notice, State, news
 from .mail import SMTP, check_addresses, check_template, compose, mail_server, mail_servers
 from .signature import name_secret, new_secret, secret_finders, sign, verify
-from .webhook import check_url
+from .post import check_url
 
 # %% ../nbs/api/52_notify.ipynb #5bde1c15
 _ends = State.succeeded, State.dead, State.cancelled

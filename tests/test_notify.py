@@ -1,5 +1,5 @@
 "Who asked to hear of the end of a job hears of it: real receivers, real processes, kills in between."
-import asyncio, os, signal, socket, ssl, threading
+import asyncio, os, signal, socket, ssl, subprocess, sys, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -228,3 +228,25 @@ def test_a_file_from_before_there_were_notifications(tmp_path):
     assert q.store.finish(done)==[True]*2
     assert [j.args[-1]['id'] for j in q.find(task='bgtasks.webhook')]==[new.id]
     q.close()
+
+@pytest.mark.parametrize('there', ['httpx2', 'httpx', None])
+def test_either_client_sends_webhooks(there, tmp_path):
+    "In a process where the other one can't be imported"
+    if there: pytest.importorskip(there)
+    names = [o for o in ('httpx2', 'httpx') if o!=there]
+    ca = trustme.CA()
+    cert = ca.issue_cert('localhost').private_key_and_cert_chain_pem
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    with cert.tempfile() as pem: tls.load_cert_chain(pem)
+    ca.cert_pem.write_to_path(str(tmp_path/'ca.pem'))
+    with Receiver() as r:
+        r.server.socket = tls.wrap_socket(r.server.socket, server_side=True)
+        url = f'https://localhost:{r.server.server_port}/'
+        code = (f'import asyncio, sys; sys.modules.update(dict.fromkeys({names}))\n'
+                'from bgtasks.post import deliver_webhook\n'
+                "news = dict(id='a', task='t', state='succeeded', finished_at=1e9, result=7)\n"
+                f"print(asyncio.run(deliver_webhook('{url}', 'env:HOOK_SECRET', True, 'm', news)))")
+        res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                             env=os.environ | {'SSL_CERT_FILE': str(tmp_path/'ca.pem')})
+        if there: assert (res.stdout, r.types(), r.bad)==('204\n', [('job.succeeded', 'a')], []), res.stderr
+        else: assert 'pip install "bgtasks[notify]"' in res.stderr and not r.ids
