@@ -3,26 +3,28 @@
 Both sides acknowledge late, as a job that must not be lost asks for, and keep their results in Redis."""
 import os, time
 
+import redis
 from celery import Celery, signals
 
 REDIS = os.environ.get('BENCH_REDIS', 'redis://127.0.0.1:6379/8')
 AMQP = os.environ.get('BENCH_AMQP', 'amqp://guest:guest@127.0.0.1:5672/')
 side,kind = os.environ.get('BENCH_SIDE', 'direct'),os.environ.get('BENCH_BROKER', 'redis')
-QUEUE = f'bench_celery_{side}'
-seen,start,of = 0,None,int(os.environ.get('BENCH_N', 0))
+QUEUE = f"bench_{os.environ.get('BENCH_RUN', '')}_{side}"
+seen,start,of,skip = 0,None,*(int(os.environ.get(o, 0)) for o in ('BENCH_N', 'BENCH_SKIP'))
 
+results = redis.Redis.from_url(REDIS)
 app = Celery('bench', broker=REDIS if kind=='redis' else AMQP, backend=REDIS)
 app.conf.update(task_default_queue=QUEUE, worker_prefetch_multiplier=1, broker_connection_retry_on_startup=True,
                 broker_transport_options={} if kind=='redis' else dict(confirm_publish=True))
 
 def clock(**_):
-    "Tell, by way of Redis, how long the worker took for so many messages, the first fifty left out"
+    "Tell, by way of Redis, how long the worker took for a round, the first messages left out"
     global seen,start
     seen += 1
-    if seen==50: start = time.perf_counter()
-    if seen==of+50:
-        import redis
-        redis.Redis.from_url(REDIS).rpush('bench:seconds', time.perf_counter()-start)
+    if seen==skip: start = time.perf_counter()
+    if seen==of+skip:
+        seen = 0
+        results.rpush('bench:seconds', time.perf_counter()-start)
 
 if of: signals.task_postrun.connect(clock, weak=False)
 

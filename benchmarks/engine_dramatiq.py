@@ -10,7 +10,7 @@ from dramatiq.results.backends import RedisBackend
 REDIS = os.environ.get('BENCH_REDIS', 'redis://127.0.0.1:6379/8')
 AMQP = os.environ.get('BENCH_AMQP', 'amqp://guest:guest@127.0.0.1:5672/')
 side,kind = os.environ.get('BENCH_SIDE', 'direct'),os.environ.get('BENCH_BROKER', 'redis')
-QUEUE = f'bench_{side}'
+QUEUE = f"bench_{os.environ.get('BENCH_RUN', '')}_{side}"
 
 def make_broker():
     if kind=='redis':
@@ -20,13 +20,18 @@ def make_broker():
     return RabbitmqBroker(url=AMQP, confirm_delivery=True) # bgtasks turns it on: a message that may be lost is no job
 
 class Clock(dramatiq.Middleware):
-    "Tell, by way of Redis, how long the worker took for so many messages, the first fifty left out"
-    def __init__(self): self.n,self.start,self.lock,self.of = 0,None,threading.Lock(),int(os.environ.get('BENCH_N', 0))
+    "Tell, by way of Redis, how long the worker took for a round, the first messages left out"
+    def __init__(self):
+        self.n,self.start,self.lock,self.client = 0,None,threading.Lock(),RedisBackend(url=REDIS).client
+        self.of,self.skip = (int(os.environ[o]) for o in ('BENCH_N', 'BENCH_SKIP'))
+
     def after_ack(self, broker, message):
-        with self.lock: self.n += 1
-        if self.n==50: self.start = time.perf_counter()
-        if self.n==self.of+50:
-            RedisBackend(url=REDIS).client.rpush('bench:seconds', time.perf_counter()-self.start)
+        with self.lock:
+            self.n += 1
+            if self.n==self.skip: self.start = time.perf_counter()
+            if self.n < self.of+self.skip: return
+            self.n = 0
+            self.client.rpush('bench:seconds', time.perf_counter()-self.start)
 
 broker = make_broker()
 dramatiq.set_broker(broker)

@@ -31,6 +31,7 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     round:int = 0               # How many verdicts there were before this message was sent
     attempt:int = 0             # Attempts that began before
     lost:int = 0                # Those of them that don't count
+    sent:float = 0.0            # When it was sent again, if it was thought to be lost
 
 # %% ../nbs/api/17_message.ipynb #ff910e66
 def message_of(

@@ -6,164 +6,20 @@
 __all__ = ['Records', 'worker_name', 'vanished']
 
 # %% ../nbs/api/26_records.ipynb #19df84e5
-import os, socket
+import os, socket, time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fastcore.basics import patch
 from msgspec import json
+from msgspec.structs import replace
 
 from .errors import BackendUnavailable, BadOption, StoreError
 from .job import Done, Event, Failure, Job, Progress, State
 from .link import Link, impatient
 from .message import Message, job_of, next_message, read_message, write_message
-
-# %% ../nbs/api/26_records.ipynb #a413026c
-_prelude = '''
-local P,id = ARGV[1],ARGV[2]
-local rec,t = P..'job:'..id, redis.call('TIME')
-local now = tonumber(t[1])+tonumber(t[2])/1e6
-local function stamp(x) return string.format('%.6f', x) end
-local function get(...) return unpack(redis.call('HMGET', rec, ...)) end
-local function set(...) redis.call('HSET', rec, ...) end
-local function emit(kind, attempt, data)
-  local n = redis.call('INCR', P..'seq')
-  redis.call('XADD', P..'events', 'MAXLEN', '~', 100000, n..'-0', 'job', id, 'kind', kind, 'attempt', attempt,
-             'at', stamp(now), 'data', data)
-  return n
-end
-local function drop(key)
-  if key and key~='' and redis.call('GET', P..'key:'..key)==id then redis.call('DEL', P..'key:'..key) end
-end
-local function over(state, field, data, attempt, key, keep)
-  set('state', state, field, data, 'finished_at', stamp(now))
-  drop(key)
-  redis.call('EXPIRE', rec, keep)
-  emit(state, attempt, field=='error' and data or 'null')
-end
-local function fresh(msg, key, keep, round, attempt, lost, event)
-  set('msg', msg, 'key', key, 'keep', keep, 'round', round, 'attempt', attempt, 'lost', lost, 'crashes', 0,
-      'state', 'queued', 'created_at', stamp(now), 'event', event)
-end
-local function taken(key)
-  local owner = redis.call('GET', P..'key:'..key)
-  if not owner or owner==id then return end
-  local state = redis.call('HGET', P..'job:'..owner, 'state')
-  if state=='queued' or state=='running' then return owner end
-end
-'''
-
-# %% ../nbs/api/26_records.ipynb #7e3d344d
-_scripts = {}
-
-_scripts['add'] = '''
-local msg,key,keep,ttl = ARGV[3],ARGV[4],ARGV[5],ARGV[6]
-if key~='' then
-  local owner = taken(key)
-  if owner then return owner end
-  redis.call('SET', P..'key:'..key, id, 'EX', ttl)
-end
-if redis.call('EXISTS', rec)==1 then return "" end
-fresh(msg, key, keep, 0, 0, 0, emit('queued', 0, 'null'))
-redis.call('EXPIRE', rec, ttl)
-return ""'''
-
-_scripts['forget'] = '''
-local state,attempt,event,key = get('state', 'attempt', 'event', 'key')
-if state=='queued' and attempt=='0' then
-  redis.call('XDEL', P..'events', event..'-0')
-  drop(key)
-  redis.call('DEL', rec)
-end'''
-
-# %% ../nbs/api/26_records.ipynb #d4a6eac0
-_scripts['begin'] = '''
-local msg,key,keep,round,nonce,worker,dead = ARGV[3],ARGV[4],ARGV[5],tonumber(ARGV[6]),ARGV[9],ARGV[10],ARGV[11]
-local lease,max,why = tonumber(ARGV[12]),tonumber(ARGV[13]),ARGV[14]
-local state,current,attempt,lost,crashes,created,was,holder,till = get('state', 'round', 'attempt', 'lost', 'crashes',
-                                                                      'created_at', 'nonce', 'worker', 'until')
-if not state then
-  state,current,attempt,lost,crashes,created = 'queued',round,ARGV[7],ARGV[8],'0',stamp(now)
-  fresh(msg, key, keep, round, attempt, lost, '0')
-end
-local function run() return table.concat({'run', attempt, lost, crashes, created}, ' ') end
-if state~='queued' and state~='running' then return 'gone '..state end
-current = tonumber(current)
-if round < current then
-  if state=='queued' and round==current-1 then return 'again '..(get('run_at') or '0') end
-  return 'gone stale'
-end
-if state=='running' then
-  if was==nonce then return run() end
-  local rest = tonumber(till)-now
-  if rest > 0 and holder~=dead then return 'wait '..rest..' '..holder end
-  if round==current then
-    lost,crashes = lost+1,crashes+1
-    set('lost', lost, 'crashes', crashes)
-    if crashes > max then over('dead', 'error', why, attempt, key, keep); return 'gone dead' end
-  end
-end
-attempt = attempt+1
-set('state', 'running', 'attempt', attempt, 'round', round, 'nonce', nonce, 'worker', worker,
-    'until', stamp(now+lease), 'started_at', stamp(now))
-redis.call('PERSIST', rec)
-if key~='' then redis.call('SET', P..'key:'..key, id) end
-emit('running', attempt, 'null')
-return run()'''
-
-# %% ../nbs/api/26_records.ipynb #1df26411
-_held = '''
-local was,attempt,key,keep = get('state', 'attempt', 'key', 'keep')
-if was~='running' or attempt~=ARGV[3] then return 0 end
-'''
-
-_scripts['finish'] = _held + '''
-local state,field,data,at = ARGV[4],ARGV[5],ARGV[6],ARGV[7]
-if state=='queued' then
-  set('state', state, 'error', data, 'run_at', at)
-  redis.call('HINCRBY', rec, 'round', 1)
-  emit(state, attempt, data)
-else over(state, field, data, attempt, key, keep) end
-return 1'''
-
-_scripts['report'] = _held + '''
-if ARGV[4]=='progress' then set('progress', ARGV[5]) end
-emit(ARGV[4], ARGV[3], ARGV[5])
-return 1'''
-
-_scripts['renew'] = '''
-local lost = {}
-for i = 3,#ARGV,2 do
-  local r = P..'job:'..ARGV[i]
-  if redis.call('HGET', r, 'state')=='running' and redis.call('HGET', r, 'attempt')==ARGV[i+1] then
-    redis.call('HSET', r, 'until', stamp(now+tonumber(id)))
-  else lost[#lost+1] = (i-3)/2 end
-end
-return lost'''
-
-# %% ../nbs/api/26_records.ipynb #d5b42fd7
-_scripts['cancel'] = '''
-local state,attempt,key,keep = get('state', 'attempt', 'key', 'keep')
-if state~='queued' and state~='running' then return 0 end
-over('cancelled', 'error', ARGV[3], attempt, key, keep)
-return 1'''
-
-_scripts['retry'] = '''
-local state,key,attempt = get('state', 'key', 'attempt')
-if state~='dead' and state~='cancelled' then return 'no' end
-if key~='' then
-  local owner = taken(key)
-  if owner then return owner end
-  redis.call('SET', P..'key:'..key, id)
-end
-set('state', 'queued', 'lost', attempt, 'crashes', 0, 'run_at', stamp(now))
-redis.call('HDEL', rec, 'finished_at', 'nonce')
-redis.call('HINCRBY', rec, 'round', 1)
-redis.call('PERSIST', rec)
-emit('queued', attempt, 'null')
-return 'yes'
-'''
+from .scripts import prelude, scripts
 
 # %% ../nbs/api/26_records.ipynb #1c024b4c
 @contextmanager
@@ -171,6 +27,7 @@ def _reached(what):
     "Say of a server that can't be reached that this is so."
     from redis import exceptions as e
     try: yield
+    except BackendUnavailable: raise # somebody else has said it
     except (e.ConnectionError, e.TimeoutError, OSError) as x:
         raise BackendUnavailable(f'the records in Redis ({what}) can\'t be reached: {x}') from None
     except (e.BusyLoadingError, e.ReadOnlyError, e.OutOfMemoryError) as x:
@@ -189,6 +46,8 @@ def _connected(server, wait):
 class Records:
     "The records of jobs in one Redis."
     lease = 10.0      # Seconds that a worker may be silent before its jobs are taken for lost
+    silence = 20.0    # Seconds more until `overdue` says so of a worker that may live
+    late = 60.0       # Seconds after which a job that is due should have come to a worker
     max_crashes = 3   # A job that has taken its worker down more often than this is dead
     unseen = 30*86400 # Seconds that the record of a job stays whose message no worker gets
     least = 3600      # Seconds that a record stays at least, since its message may be delivered again
@@ -201,14 +60,17 @@ class Records:
     ):
         self.client,self.prefix = _connected(server, wait),prefix
         self.link = Link(self.client)
-        self._where,self._sha = self.link.where,{k: self.link.script(_prelude+v) for k,v in _scripts.items()}
+        self._where,self._sha = self.link.where,{k: self.link.script(prelude+v) for k,v in scripts.items()}
 
     def __repr__(self): return f'Records({self._where})'
 
     def _command(self, verb, *args): return 'EVALSHA', self._sha[verb], 0, self.prefix, *args
 
-    def _do(self, verb, *args):
-        with _reached(self._where): return self.link.ask(self._command(verb, *args))[0]
+    def ask(self, *commands:tuple, meanwhile:Callable|None=None) -> list:
+        "Send commands over the link."
+        with _reached(self._where): return self.link.ask(*commands, meanwhile=meanwhile)
+
+    def _do(self, verb, *args): return self.ask(self._command(verb, *args))[0]
 
     def close(self):
         "Close the connections."
@@ -216,7 +78,8 @@ class Records:
         self.client.close()
 
 # %% ../nbs/api/26_records.ipynb #090fdbbc
-def _kept(m, least): return int(max(m.keep, least))
+def _about(m, least):
+    return write_message(m), m.key or '', int(max(m.keep, least)), m.task, f'{m.queue}:{m.priority}'
 
 def _text(b): return b.decode() if isinstance(b, bytes) else b
 
@@ -225,15 +88,15 @@ def add(self:Records,
     messages:Sequence[Message] # First messages, not yet sent
 ) -> list[str]: # For each, the id of the unfinished job that has its key, or `''`
     "Record jobs whose messages are about to be sent."
-    with _reached(self._where): return [_text(o) for o in self.link.ask(*self.add_commands(messages))]
+    return [_text(o) for o in self.ask(*self.add_commands(messages))]
 
 @patch
 def add_commands(self:Records,
     messages:Iterable[Message] # As for `add`
 ) -> list[tuple]: # For `Link.ask`
     "Give the commands of `add`, for who has more to send on the same trip."
-    return [self._command('add', m.id, write_message(m), m.key or '', _kept(m, self.least),
-                          int(max(m.run_at-m.created_at, 0)+self.unseen)) for m in messages]
+    return [self._command('add', m.id, *_about(m, self.least), max(m.run_at-m.created_at, 0), self.late, self.unseen)
+            for m in messages]
 
 @patch
 def forget(self:Records,
@@ -271,8 +134,8 @@ def begin(self:Records,
 ) -> tuple: # `('run', job)`, `('gone', why)`, `('again', run_at)` or `('wait', seconds, worker)`
     "Say what a worker is to do with a message."
     why = json.encode(Failure('WorkerLost', f'its worker vanished more than {self.max_crashes} times while it ran'))
-    said = self._do('begin', m.id, write_message(m), m.key or '', _kept(m, self.least), m.round, m.attempt, m.lost,
-                    nonce, worker, dead, self.lease, self.max_crashes, why)
+    said = self._do('begin', m.id, *_about(m, self.least), m.sent or m.created_at, m.round, m.attempt, m.lost, nonce,
+                    worker, dead, self.lease, self.max_crashes, why)
     what,*more = _text(said).split(' ')
     if what=='run':
         attempt,lost,crashes,created = (float(o) for o in more)
@@ -287,7 +150,7 @@ def finish(self:Records,
     done:Done  # The verdict on one attempt
 ) -> bool: # `False`: that attempt no longer holds the job, nothing was written
     "Write down what came of an attempt."
-    with _reached(self._where): return bool(self.link.ask(self.finish_command(id, done))[0])
+    return bool(self.ask(self.finish_command(id, done))[0])
 
 @patch
 def finish_command(self:Records,
@@ -296,7 +159,8 @@ def finish_command(self:Records,
 ) -> tuple: # For `Link.ask`
     "Give the command of `finish`, for who has more to send on the same trip."
     what = ('value', done.value or b'null') if done.state is State.succeeded else ('error', json.encode(done.error))
-    return self._command('finish', id, done.attempt, done.state, *what, done.run_at or 0)
+    at,wait = done.run_at or 0,max((done.run_at or 0)-time.time(), 0)
+    return self._command('finish', id, done.attempt, done.state, *what, at, wait, self.late)
 
 # %% ../nbs/api/26_records.ipynb #aff615fc
 @patch
@@ -315,8 +179,21 @@ def report(self:Records,
     told = [(id, n, 'progress', p) for id,n,p in progress]
     told += [(id, n, 'log', [level, text]) for id,n,level,text in lines]
     commands = [self._command('report', id, n, kind, json.encode(o)) for id,n,kind,o in told]
-    if not commands: return
-    with _reached(self._where): self.link.ask(*commands)
+    if commands: self.ask(*commands)
+
+# %% ../nbs/api/26_records.ipynb #d1b7248c
+@patch
+def overdue(self:Records,
+    tasks:Iterable[str], # Names of those that may be sent
+    every:float=0.0,     # Of several that ask within so many seconds, one is told
+    limit:int=500        # Of each task at most so many jobs are looked at
+) -> list[Message]: # To be sent
+    "Find jobs that no message will bring to a worker."
+    now,*found = self._do('overdue', '', self.late, int(every*1000), limit, *tasks)
+    jobs = [_text(o) for o in found]
+    lost = [id for id,worker,silent in zip(jobs[::3], jobs[1::3], jobs[2::3])
+            if not worker or vanished(worker) or float(silent) >= self.silence]
+    return [replace(m, sent=float(now)) for m in map(self.message, lost) if m is not None]
 
 # %% ../nbs/api/26_records.ipynb #db30f587
 def _job(h, m=None):
@@ -361,7 +238,7 @@ def retry(self:Records,
     id:str # Of a job
 ) -> Message|None: # What is to be sent; `None` if the job is not dead or cancelled
     "Make a job that is dead or cancelled wait for another attempt."
-    if (said := _text(self._do('retry', id)))=='no': return
+    if (said := _text(self._do('retry', id, self.late)))=='no': return
     if said!='yes': raise StoreError(f'job {id} has the key of job {said}, which has not ended: wait for that one')
     return self.message(id)
 

@@ -6,17 +6,17 @@
 __all__ = ['CeleryBackend', 'Ticks']
 
 # %% ../../nbs/api/54_celery.ipynb #af8566c9
-import os, re, threading
+import logging, os, re, threading
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from time import time
 from typing import Any
 from uuid import uuid4
 
-from celery import Celery, signals
+from amqp.exceptions import PreconditionFailed
+from celery import Celery, current_app, signals
 from celery.exceptions import Reject
 from celery.schedules import BaseSchedule, schedstate
 from fastcore.basics import patch
@@ -24,15 +24,17 @@ from kombu import Exchange, Queue
 from kombu.exceptions import KombuError
 from msgspec import json
 
-from ..engine import Engine, work
+from ..engine import Engine, other_queue, work
 from ..errors import BackendUnavailable, BadOption, Unusable
-from ..job import Call, Failure, Job
-from ..link import Link, impatient, together
-from ..message import Message, job_of, message_of, read_message, write_message
+from ..job import Failure
+from ..link import Link, impatient
+from ..message import Message, read_message, write_message
 from ..records import Records
 from ..schedule import due
 
 # %% ../../nbs/api/54_celery.ipynb #181ecd17
+_log = logging.getLogger('bgtasks')
+
 _never = dict(
     task_time_limit='a time limit of Celery kills its process: give timeout= to the tasks instead',
     task_soft_time_limit='give timeout= to the tasks instead',
@@ -97,10 +99,12 @@ class CeleryBackend(Engine):
         if self.kind=='other' or app.conf.task_default_queue_type=='quorum':
             self.supports_priority = False
             self.instead = self.instead | dict(priority='use a named queue, with workers of its own')
-        self.line,self._mine,self._patterns = None,threading.local(),{}
+        self._mine,self._patterns = threading.local(),{}
         if url := self.kind=='redis' and _plain_redis(app): self._link(url)
         for name in queues: self._serve(name)
         signals.task_unknown.connect(self._unknown)
+        signals.worker_process_init.connect(self._ready)
+        signals.worker_ready.connect(self._ready)
 
     def _link(self, url):
         "Find the way to the broker, which may be that to the records."
@@ -108,6 +112,11 @@ class CeleryBackend(Engine):
         self.line = Link(impatient(Redis.from_url(url), 3.0))
         if self.records and self.records.link.where==self.line.where:
             self.line,self.supports_all_or_none = self.records.link,True
+
+    def _ready(self, sender=None, **_):
+        "Hear of a process that is about to run jobs: a child of the pool, or a worker whose pool has none."
+        children = type(getattr(sender, 'pool', None)).__module__.endswith('prefork') # they will hear of it, too
+        if current_app._get_current_object() is self.app and not children: self.stand_by()
 
     def __repr__(self):
         return f"CeleryBackend({self.app.main or 'app'}, {self.kind}, {self.records or 'no records'})"
@@ -183,13 +192,21 @@ def _take(self, name, request, text):
 @patch
 def _unknown(self:CeleryBackend, sender, message, name, **_):
     "Hear of a message that Celery has thrown away."
-    if sender.app is not self.app or self.records is None: return
+    if sender.app is not self.app: return
     body = message.payload
     args = body['args'] if isinstance(body, dict) else body[0]
     try: m = read_message(args[0])
     except (Unusable, LookupError): return # not one of ours
+    if self.records is None: return self._set_aside(m, message.delivery_info.get('routing_key') or m.queue)
     why = f'this worker has no task {name!r}: start the workers again, with the module that declares it'
     self.bury(m, Failure('NotRegistered', why))
+
+@patch
+def _set_aside(self:CeleryBackend, m, queue):
+    name = f'{queue}.dead'
+    aside = Queue(name, Exchange(name, type='direct'), routing_key=name)
+    with self.reached(), self.app.producer_or_acquire() as producer: _post(self, producer, m, 0, aside)
+    _log.error('Job %s: this worker has no task %r; its message is kept in the queue %s', m.id, m.task, name)
 
 # %% ../../nbs/api/54_celery.ipynb #5dffce09
 def _order(self, m):
@@ -197,16 +214,18 @@ def _order(self, m):
     if not self.supports_priority: return {}
     return dict(priority=9-m.priority if self.kind=='redis' else m.priority)
 
-def _post(self, producer, m, wait):
-    self.app.send_task(m.task, (write_message(m),), task_id=m.id, queue=self.queues[m.queue], countdown=wait or None,
-                       argsrepr='', kwargsrepr='', ignore_result=True, producer=producer, retry_policy=_quick,
-                       **_order(self, m))
+def _post(self, producer, m, wait, queue=None):
+    self.app.send_task(m.task, (write_message(m),), task_id=m.id, queue=queue or self.queues[m.queue],
+                       countdown=wait or None, argsrepr='', kwargsrepr='', ignore_result=True, producer=producer,
+                       retry_policy=_quick, **_order(self, m))
 
+@patch
 @contextmanager
-def _reached(self, sent=()):
+def reached(self:CeleryBackend, sent:Sequence[str]=()) -> None:
     "Say of a broker that can't be reached that this is so, and what was `sent` before."
     from redis.exceptions import RedisError
     try: yield
+    except PreconditionFailed as e: raise other_queue('Celery', e) from None
     except (KombuError, RedisError, OSError) as e:
         if isinstance(e, BackendUnavailable): raise
         what = f'{len(sent)} jobs were sent before' if sent else 'nothing was sent'
@@ -217,13 +236,12 @@ def _reached(self, sent=()):
 @patch
 def send(self:CeleryBackend, parcels:Sequence[tuple[Message, float]]) -> None:
     "Publish messages, or raise `BackendUnavailable` within seconds."
+    if self.line is not None: return self.go(self.commands(parcels))
     sent = []
-    with _reached(self, sent):
-        if self.line is not None: return self._go([self._written(m, wait) for m,wait in parcels])
-        with self.app.producer_or_acquire() as producer:
-            for m,wait in parcels:
-                _post(self, producer, m, wait)
-                sent.append(m.id)
+    with self.reached(sent), self.app.producer_or_acquire() as producer:
+        for m,wait in parcels:
+            _post(self, producer, m, wait)
+            sent.append(m.id)
 
 # %% ../../nbs/api/54_celery.ipynb #393ce9ad
 def _plain_redis(app) -> str|None:
@@ -275,32 +293,10 @@ def _copied(entry, m, wait):
     props = entry['properties'] | dict(correlation_id=m.id, delivery_tag=str(uuid4()))
     return entry | dict(body=body, headers=headers, properties=props)
 
-# %% ../../nbs/api/54_celery.ipynb #2a683df1
 @patch
-def _go(self:CeleryBackend, commands):
-    if len(commands) <= 2: self.line.ask(*commands) # Redis does not look at anybody else in between
-    else: together(self.line, *commands)
-
-@patch
-def add(self:CeleryBackend, calls:Sequence[Call]) -> list[Job]:
-    "Record calls and send their messages."
-    if not (self.records and calls) or any(c.key or c.after or c.notify for c in calls):
-        return super(CeleryBackend, self).add(calls)
-    now = time()
-    new = [message_of(c, now) for c in calls]
-    parcels,records = [(m, min(max(m.run_at-now, 0), self.longest)) for m in new],self.records.add_commands(new)
-    if self.line is None or self.line is not self.records.link: self._add_beside(parcels, records)
-    else:
-        with _reached(self): self._go(records + [self._written(m, wait) for m,wait in parcels])
-    return [job_of(m) for m in new]
-
-@patch
-def _add_beside(self:CeleryBackend, parcels, records):
-    try:
-        with _reached(self): self.records.link.ask(*records, meanwhile=partial(self.send, parcels))
-    except BackendUnavailable as e:
-        self._take_back([m for m,_ in parcels if m.id not in e.sent])
-        raise
+def commands(self:CeleryBackend, parcels:Sequence[tuple[Message, float]]) -> list[tuple]:
+    "What sends messages, for Redis."
+    with self.reached(): return [self._written(m, wait) for m,wait in parcels]
 
 # %% ../../nbs/api/54_celery.ipynb #740a2cc2
 class Ticks(BaseSchedule):

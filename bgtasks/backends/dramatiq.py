@@ -9,7 +9,6 @@ __all__ = ['DramatiqBackend']
 import copy, json, logging, re, threading, time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import ceil, inf
 from secrets import token_hex
 from typing import Any
@@ -21,11 +20,11 @@ from dramatiq.common import dq_name
 from dramatiq.errors import BrokerError
 from fastcore.basics import patch
 
-from ..engine import Engine, work
+from ..engine import Engine, other_queue, work
 from ..errors import BackendUnavailable, BadOption, Unsupported
-from ..job import Call, Done, Failure, Job, State
-from ..link import Link, impatient, together
-from ..message import Message, job_of, message_of, read_message, write_message
+from ..job import Done, Failure, State
+from ..link import Link, impatient
+from ..message import Message, read_message, write_message
 from ..records import Records
 from ..schedule import seconds
 
@@ -82,6 +81,8 @@ def _receive(backend, text, wait=.5):
 class _Bridge(Middleware):
     "Tells the backend of a message that was given up."
     def __init__(self, backend): self.backend = backend
+
+    def after_worker_boot(self, broker, worker): self.backend.stand_by()
 
     def after_nack(self, broker, message):
         if 'bgtasks' in message.options and self.backend.records is not None: self.backend._bury(message)
@@ -221,15 +222,18 @@ def _envelope(m) -> DramatiqMessage:
     options = dict(bgtasks=1) | (dict(broker_priority=m.priority) if m.priority else {})
     return DramatiqMessage(m.queue, m.task, (write_message(m),), {}, options, message_id=m.id)
 
+@patch
 @contextmanager
-def _reached(broker, sent):
+def reached(self:DramatiqBackend, sent:Sequence[str]=()) -> None:
     "Say of a broker that can't be reached that this is so, and what was `sent` before."
     try: yield
     except BackendUnavailable: raise # somebody else has said it
     except Exception as e:
+        if 'PRECONDITION_FAILED' in str(e): raise other_queue('Dramatiq', e) from None
         theirs = type(e).__module__.partition('.')[0] in ('redis', 'pika')
         if not (theirs or isinstance(e, (BrokerError, OSError))): raise
-        down = BackendUnavailable(f'{type(broker).__name__} can\'t be reached: {e}. Is the server running?')
+        name = type(self.broker).__name__
+        down = BackendUnavailable(f'{name} can\'t be reached: {e}. Is the server running?')
         down.sent = tuple(sent)
         raise down from e
 
@@ -237,8 +241,8 @@ def _reached(broker, sent):
 def _post(self:DramatiqBackend, m, wait): self.sender.enqueue(_envelope(m), delay=ceil(wait*1000) if wait > 0 else None)
 
 @patch
-def _catch(self:DramatiqBackend, parcels) -> list[tuple]:
-    "The commands for Redis that would send these."
+def commands(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> list[tuple]:
+    "What sends messages, for Redis."
     self._caught.here.commands = res = []
     for m,wait in parcels: self._post(m, wait)
     return res
@@ -246,35 +250,9 @@ def _catch(self:DramatiqBackend, parcels) -> list[tuple]:
 @patch
 def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
     "Give messages to the broker."
+    if self.on_redis: return self.go(self.commands(parcels))
     sent = []
-    with _reached(self.broker, sent):
-        if self.on_redis: return self._go(self._catch(parcels))
+    with self.reached(sent):
         for m,wait in parcels:
             self._post(m, wait)
             sent.append(m.id)
-
-@patch
-def _go(self:DramatiqBackend, commands):
-    if len(commands) <= 2: self.line.ask(*commands) # Redis does not look at anybody else in between
-    else: together(self.line, *commands)
-
-# %% ../../nbs/api/54_dramatiq.ipynb #5b6b8721
-@patch
-def add(self:DramatiqBackend, calls:Sequence[Call]) -> list[Job]:
-    "Record calls and send their messages."
-    if self.records is None or any(c.key or c.after for c in calls): return super(DramatiqBackend, self).add(calls)
-    now = time.time()
-    new = [message_of(c, now) for c in calls]
-    parcels,records = [(m, max(m.run_at-now, 0)) for m in new],self.records.add_commands(new)
-    if self.line is self.records.link:
-        with _reached(self.broker, ()): self._go(records + self._catch(parcels))
-    elif new: self._add_beside(parcels, records)
-    return [job_of(m) for m in new]
-
-@patch
-def _add_beside(self:DramatiqBackend, parcels, records):
-    try:
-        with _reached(self.records, ()): self.records.link.ask(*records, meanwhile=partial(self.send, parcels))
-    except BackendUnavailable as e:
-        self._take_back([m for m,_ in parcels if m.id not in e.sent])
-        raise

@@ -8,8 +8,10 @@ from bgtasks.checks import declare_checks, declare_wrapped
 from bgtasks.records import Records
 
 def records():
+    if not os.environ['CHECK_RECORDS']: return
     res = Records(os.environ['CHECK_RECORDS'], os.environ['CHECK_PREFIX'])
     res.lease = float(os.environ.get('CHECK_LEASE', 10))
+    res.late = float(os.environ.get('CHECK_LATE', 60))
     return res
 
 app = Celery('checks', broker=os.environ['CHECK_BROKER'])
@@ -19,5 +21,6 @@ if 'CHECK_VISIBLE' in os.environ:
                                              unacked_restore_interval=1)
 
 where = os.environ['CHECK_PREFIX']+'default'
+if 'CHECK_SWEEPS' in os.environ: CeleryBackend.sweeps = float(os.environ['CHECK_SWEEPS'])
 queue = declare_checks(TaskQueue(CeleryBackend(app, records=records())), where, every=.5)
 wrapped = declare_wrapped(TaskQueue(CeleryBackend(app, records=records())), where)

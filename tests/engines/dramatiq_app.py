@@ -6,6 +6,7 @@ import dramatiq
 from bgtasks import TaskQueue, current_job
 from bgtasks.backends.dramatiq import DramatiqBackend
 from bgtasks.checks import declare_checks, declare_wrapped
+from bgtasks.records import Records
 
 def make_broker(url, heartbeat=4000):
     if url.startswith('redis'):
@@ -16,6 +17,8 @@ def make_broker(url, heartbeat=4000):
 
 def declare(broker, records, name, folder):
     "Two queues with their tasks, and some for the tests of failures"
+    records = Records(records)
+    records.late = float(os.environ.get('BGTASKS_TEST_LATE', 60))
     backend = DramatiqBackend(broker, records, queues=[name])
     queue,wrapped = TaskQueue(backend),TaskQueue(backend)
     declare_checks(queue, name)

@@ -1,11 +1,16 @@
 "Celery as a backend, on real servers and with real workers in their own processes."
 import os, signal, sys, time
 
+import pika
 import pytest
+import redis
+from kombu import Queue
+from kombu.exceptions import ChannelError
 from live import forget_queues, script, unique, until
 
 from bgtasks.conform import check_backend
-from bgtasks.errors import BackendUnavailable
+from bgtasks.errors import BackendUnavailable, BadOption
+from bgtasks.message import message_of
 
 class Site:
     "The app of the checks, here as it is in its workers"
@@ -45,14 +50,21 @@ def site(workers, monkeypatch, tmp_path):
     for s in made: s.close()
 
 @pytest.fixture(params=['redis', 'rabbit'])
-def anywhere(request, site, redis_url):
-    "The checks on each broker; the queues in RabbitMQ are deleted again"
-    if request.param=='redis': yield site(redis_url, redis_url)
+def everywhere(request, site, redis_url):
+    "A function that makes the checks, on each broker; the queues in RabbitMQ are deleted again"
+    if request.param=='redis': yield lambda records=redis_url, **more: site(redis_url, records, **more)
     else:
-        s = site(request.getfixturevalue('rabbit_url'), redis_url)
-        yield s
-        for p in s.workers.started: p.end()
-        forget_queues([s.env['CHECK_PREFIX']+o for o in ('default', 'celery')])
+        url,made = request.getfixturevalue('rabbit_url'),[]
+        def make(records=redis_url, **more):
+            made.append(s := site(url, records, **more))
+            return s
+        yield make
+        for s in made:
+            for p in s.workers.started: p.end()
+            forget_queues([s.env['CHECK_PREFIX']+o for o in ('default', 'default.dead', 'celery')])
+
+@pytest.fixture
+def anywhere(everywhere): return everywhere()
 
 def test_it_keeps_its_promises(anywhere):
     anywhere.worker()
@@ -82,6 +94,57 @@ def test_a_job_that_no_worker_knows_is_dead_and_can_be_tried_again(anywhere):
     until(lambda: anywhere.queue.get(job).state=='dead')
     assert "no task 'late'" in anywhere.queue.get(job).error.message and worker.popen.poll() is None
     assert anywhere.queue.retry(job).state=='queued'
+
+def test_without_records_the_message_of_a_job_that_no_worker_knows_is_kept(everywhere):
+    s = everywhere(records='')
+    s.worker()
+    where = s.env['CHECK_PREFIX']+'default'
+    s.queue.task(name='late', queue=where)(print).enqueue('kept')
+    def kept():
+        with s.app.connection_for_read() as line: return Queue(where+'.dead')(line.channel()).get(no_ack=True)
+    until(lambda: tried(lambda: 'kept' in str((m := kept()) and m.payload)))
+
+def tried(act):
+    try: return act()
+    except ChannelError: return # RabbitMQ has no such queue yet
+
+def test_a_job_that_is_recorded_is_sent_in_the_end(everywhere):
+    s = everywhere(late=1, sweeps=.5)
+    call = s.task('grow').call(('a',))
+    s.queue.store.records.add([message_of(call, time.time())]) # as an app leaves it that is killed before it sends
+    s.worker()
+    assert s.queue.result(call.id, 40)=='aa'
+
+def test_a_message_that_redis_has_given_away_is_sent_again(site, redis_url):
+    s = site(redis_url, redis_url, late=1, sweeps=.5)
+    jobs = [s.task('grow').enqueue(str(i)) for i in range(3)]
+    broker = redis.Redis.from_url(redis_url)
+    for _ in 'two': broker.rpop(s.env['CHECK_PREFIX']+'default') # popped by a worker that dies before it notes them
+    assert broker.llen(s.env['CHECK_PREFIX']+'default')==0
+    s.worker()
+    assert [s.queue.result(j, 40) for j in jobs]==['00', '11', '22']
+    assert [s.queue.get(j).attempt for j in jobs]==[1]*3
+
+def test_a_job_of_a_dead_worker_does_not_wait_for_the_visibility_timeout(site, redis_url, tmp_path):
+    s = site(redis_url, redis_url, lease=2, sweeps=.5)
+    worker = s.worker(n=1)
+    job = s.task('hold').enqueue(str(tmp_path/'hold'))
+    until(lambda: s.lines(tmp_path/'hold.held'))
+    worker.kill()
+    s.worker(n=1)
+    (tmp_path/'hold').touch()
+    assert s.queue.result(job, 60) is None
+    assert (s.queue.get(job).crashes, s.app.conf.broker_transport_options['visibility_timeout'])==(1, 300)
+
+def test_a_queue_that_another_engine_has_is_told(site, rabbit_url, redis_url):
+    s = site(rabbit_url, redis_url)
+    line = pika.BlockingConnection(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
+    line.channel().queue_declare(name := s.env['CHECK_PREFIX']+'default', durable=True)
+    was = s.queue.store.last_event()
+    with pytest.raises(BadOption, match='Another engine'): s.task('grow').enqueue('a')
+    assert s.queue.store.events(was)==[]
+    line.close()
+    forget_queues([name])
 
 def test_messages_may_be_compressed(site, redis_url):
     s = site(redis_url, redis_url)

@@ -3,12 +3,14 @@ import signal, subprocess, sys, time
 
 import dramatiq_app
 import live
+import pika
 import pytest
 from live import until
 
 from bgtasks import TaskQueue
 from bgtasks.conform import check_backend
-from bgtasks.errors import BackendUnavailable
+from bgtasks.errors import BackendUnavailable, BadOption
+from bgtasks.message import message_of
 
 class Stage:
     "An app and its workers on one broker"
@@ -57,6 +59,24 @@ def test_a_job_whose_worker_is_killed_runs_again(stage):
     assert stage.queue.result(job, timeout=60)==2
     job = stage.queue.get(job)
     assert (job.tries, job.crashes, len(stage.lines('a')))==(1, 1, 2)
+
+def test_a_job_that_is_recorded_is_sent_in_the_end(stage, monkeypatch):
+    call = stage.queue.tasks['checks.grow'].call(('a',))
+    stage.queue.store.records.late = 1
+    stage.queue.store.records.add([message_of(call, time.time())]) # as an app leaves it that is killed before it sends
+    monkeypatch.setenv('BGTASKS_TEST_LATE', '1')
+    stage.worker()
+    assert stage.queue.result(call.id, 40)=='aa'
+
+def test_a_queue_that_another_engine_has_is_told(redis_url, rabbit_url, workers, tmp_path):
+    stage = Stage(rabbit_url, redis_url, workers, tmp_path)
+    line = pika.BlockingConnection(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
+    line.channel().queue_declare(stage.name, durable=True)
+    was = stage.queue.store.last_event()
+    with pytest.raises(BadOption, match='Another engine'): stage.queue.tasks['once'].enqueue('a')
+    assert stage.queue.store.events(was)==[]
+    line.close()
+    stage.close()
 
 def test_a_job_that_kills_its_workers_is_dead(stage):
     job = stage.queue.tasks['die'].enqueue()
