@@ -40,6 +40,10 @@ INSERT INTO counter VALUES(1, 0, 0, 0, '');
 CREATE INDEX deps_child ON deps(child);
 """, """
 CREATE TABLE notices(seq INTEGER PRIMARY KEY, what BLOB NOT NULL);
+""", """
+ALTER TABLE counter RENAME COLUMN seq TO floor;
+ALTER TABLE counter RENAME COLUMN event TO born;
+UPDATE counter SET floor=max(floor, born), born=max(floor, born);
 """] # schemas[n] brings a file from schema n to n+1
 
 # %% ../nbs/api/14_schema.ipynb #1126628c

@@ -19,10 +19,10 @@ from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
 from .retry import after_crash
 from .schema import up_to_date
-from bgtasks.tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_claimed_job, as_new_job, as_row,
+from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_claimed_job, as_new_job, as_row,
     await_parents, cancel_jobs, corrupt, due_lanes, due_rows, end_attempts, ends, forget, held, insert_sql, job_sql,
-    json_in, json_list, keep_notices, keep_progress, note, note_all, prolong, queue_again, readable, states, take, text,
-    to_tell)
+    json_in, json_list, keep_notices, keep_progress, last_number, log_of_sql, log_sql, note, note_all, prolong,
+    queue_again, readable, states, text, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -85,13 +85,12 @@ def _lane(self:SQLiteStore, cx, key) -> int:
 def _add(self:SQLiteStore, cx, calls):
     now,self.file.news = self.clock(),True
     if any(c.key is not None for c in calls): return self._add_keyed(cx, calls)
-    seq,event,at = take(cx, len(calls), len(calls))
+    last,at = last_number(cx)
     self._read_lanes(cx, at)
     lanes = {k: self._lane(cx, k) for k in {(c.task, c.queue) for c in calls}}
-    cx.executemany(insert_sql, [as_row(c, n, lanes[c.task, c.queue], now) for n,c in enumerate(calls, seq)])
-    note_all(cx, 'queued', range(seq, seq+len(calls)), now, event)
-    keep_notices(cx, calls, seq)
-    jobs = [as_new_job(c, n, now) for n,c in enumerate(calls, seq)]
+    cx.executemany(insert_sql, [as_row(c, n, lanes[c.task, c.queue], now) for n,c in enumerate(calls, last+1)])
+    keep_notices(cx, calls, last+1)
+    jobs = [as_new_job(c, n, now) for n,c in enumerate(calls, last+1)]
     if not (waiting := [j for j in jobs if j.after]): return jobs
     self._tell(cx, [s for j in waiting for s in await_parents(cx, j, now)])
     now_so = {j.id:j for j in self._jobs(cx, [j.id for j in waiting])}
@@ -193,7 +192,7 @@ def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     seqs = [r[-1] for r in rows]
     sql = 'UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq ' + json_in
     cx.execute(sql, (worker, now, self.ticks()+lease, json_list(seqs)))
-    note_all(cx, 'running', seqs, now, take(cx, 0, len(seqs))[1])
+    note_all(cx, 'running', seqs, now)
     jobs,broken = [],[]
     for row in rows:
         try: jobs.append(as_claimed_job(row, worker, now))
@@ -354,15 +353,13 @@ def _told(data):
 @patch
 def events(self:SQLiteStore, after:int=0, *, job:str|None=None, limit:int=1000) -> list[Event]:
     "Read the log."
-    where,args = ('AND e.seq=(SELECT seq FROM jobs WHERE id=?)', (after, job, limit)) if job else ('', (after, limit))
-    rows = self.file.read('SELECT e.id, j.id, e.kind, e.attempt, e.at, e.data FROM events e '
-                          f'CROSS JOIN jobs j USING(seq) WHERE e.id>? {where} ORDER BY e.id LIMIT ?', args)
+    rows = self.file.read(log_of_sql, (after, limit, job)) if job else self.file.read(log_sql, (after, limit))
     return [Event(id=i, job=str(j), kind=k, attempt=a, at=at, data=_told(d)) for i,j,k,a,at,d in rows]
 
 @patch
 def last_event(self:SQLiteStore) -> int:
     "Id of the newest event, 0 if there is none."
-    return self.file.read("SELECT event FROM counter")[0][0]
+    with self.file.reader() as cx: return last_number(cx)[0]
 
 # %% ../nbs/api/21_sqlite.ipynb #ac3dfc6d
 @patch

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'json_in', 'job_sql',
-           'insert_sql', 'text', 'json_list', 'as_job', 'as_claimed_job', 'corrupt', 'readable', 'as_row', 'as_new_job',
-           'take', 'note', 'note_all', 'held', 'due_lanes', 'due_rows', 'prolong', 'keep_progress', 'cancel_jobs',
-           'after_end', 'await_parents', 'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
+           'insert_sql', 'log_sql', 'log_of_sql', 'text', 'json_list', 'as_job', 'as_claimed_job', 'corrupt',
+           'readable', 'as_row', 'as_new_job', 'last_number', 'note', 'note_all', 'held', 'due_lanes', 'due_rows',
+           'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'queue_again', 'end_attempts',
+           'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Callable, Iterable, Sequence
@@ -115,15 +116,14 @@ def as_new_job(
                keep=c.keep, seq=seq)
 
 # %% ../nbs/api/14_tables.ipynb #0678b53f
-def take(
-    cx:Any,         # A connection in a transaction
-    jobs:int=0,     # How many places for jobs
-    events:int=0    # How many places in the event log
-) -> tuple[int, int, int]: # The first of each, and the version of the lanes
-    "Hand out numbers that are never used again."
-    sql = 'UPDATE counter SET seq=seq+?, event=event+? RETURNING seq,event,lanes'
-    seq,event,lanes = cx.execute(sql, (jobs, events)).fetchall()[0]
-    return seq-jobs+1, event-events+1, lanes
+_last = '''SELECT max(floor, ifnull((SELECT max(seq) FROM jobs), 0), ifnull((SELECT max(id) FROM events), 0)), lanes
+FROM counter'''
+
+def last_number(
+    cx:Any # A connection; in a transaction if numbers are to be given out
+) -> tuple[int, int]: # The highest number that a job or an event ever had, and the version of the lanes
+    "Tell how far the numbers have come."
+    return cx.execute(_last).fetchall()[0]
 
 _facts = """INSERT INTO events(id,seq,kind,attempt,at,data)
 SELECT ?+key, value->>0, value->>1, value->>2, ?, CAST(value->>3 AS BLOB) FROM json_each(?)"""
@@ -134,7 +134,7 @@ def note(
     now:float           # Seconds since 1970
 ):
     "Write events."
-    if facts: cx.execute(_facts, (take(cx, 0, len(facts))[1], now, json_list(facts)))
+    if facts: cx.execute(_facts, (last_number(cx)[0]+1, now, json_list(facts)))
 
 _same = """INSERT INTO events(id,seq,kind,attempt,at) SELECT ?+n.key, j.seq, ?, j.attempt, ?
 FROM json_each(?) n CROSS JOIN jobs j ON j.seq=n.value"""
@@ -143,11 +143,10 @@ def note_all(
     cx:Any,             # A connection in a transaction
     kind:str,           # What has happened to all of them
     seqs:Sequence[int], # The jobs
-    now:float,          # Seconds since 1970
-    first:int           # From `take`
+    now:float           # Seconds since 1970
 ):
     "Write the same event of many jobs."
-    cx.execute(_same, (first, kind, now, json_list(seqs)))
+    cx.execute(_same, (last_number(cx)[0]+1, kind, now, json_list(seqs)))
 
 def held(
     cx:Any,                             # A connection in a transaction
@@ -370,6 +369,14 @@ def to_tell(
     return [c for r in jobs for c in deliveries(readable(r), asked[r[-1]])]
 
 # %% ../nbs/api/14_tables.ipynb #4a380adb
+_log = """SELECT seq, id, 'queued', 0, created_at, NULL FROM jobs j
+WHERE seq>max(?1, (SELECT born FROM counter)){} UNION ALL
+SELECT e.id, j.id, e.kind, e.attempt, e.at, e.data FROM events e CROSS JOIN jobs j USING(seq)
+WHERE e.id>?1{} ORDER BY 1 LIMIT ?2"""
+log_sql = _log.format('', '') # with: the last number already seen, how many at most
+log_of_sql = _log.format(' AND j.id=?3', ' AND e.seq=(SELECT seq FROM jobs WHERE id=?3)') # and: the id of a job
+
+# %% ../nbs/api/14_tables.ipynb #d556472d
 def forget(
     cx:Any,     # A connection in a transaction
     sql:str,    # Selects the `seq` of those to forget
@@ -377,6 +384,7 @@ def forget(
 ) -> int: # How many
     "Delete jobs with their events and their waiting."
     seqs = json_list(s for s, in cx.execute(sql, args).fetchall())
+    cx.execute('UPDATE counter SET floor=?', last_number(cx)[:1]) # for the highest number may be among those that go
     for table,column in (('events', 'seq'), ('deps', 'child'), ('notices', 'seq'), ('jobs', 'seq')):
         cx.execute(f'DELETE FROM {table} WHERE {column} {json_in}', (seqs,))
     return cx.changes()
