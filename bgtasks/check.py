@@ -151,6 +151,20 @@ def _(t):
     yield t.get(a).result, 2
     yield (t.store.finish([Done(seq=10**9, attempt=1, state=State.dead)]), t.store.finish([])), ([False], [])
 
+@_promise('exchange: finishes and claims in one commit; an attempt that is fenced off keeps nothing else from it')
+def _(t):
+    late,a = t.running(),t.running()
+    b,c = t.one(task='b'),t.one(task='c', queue='q')
+    t.store.cancel(late.id)
+    done = [Done(seq=j.seq, attempt=1, state=State.succeeded, value=b'1') for j in (late, a)]
+    last = t.store.last_event()
+    told,jobs = t.store.exchange(done, 'w2', [({'b'}, 1), ({'c'}, 0), ({'c', 'x'}, 5)], lease=30)
+    yield told, [False, True]
+    yield [_ids(o) for o in jobs], [[b.id], [], [c.id]]
+    yield [t.get(j).state.value for j in (late, a, b, c)], ['cancelled', 'succeeded', 'running', 'running']
+    yield (t.get(b).worker, t.get(b).attempt, len(t.store.events(last))), ('w2', 1, 3)
+    yield t.store.exchange([], 'w2', [({'t'}, 1)], ['q'], lease=30), ([], [[]])
+
 @_promise('renew: prolongs leases, and gives those that this worker no longer holds')
 def _(t):
     a,b = t.running(),t.running()

@@ -19,8 +19,8 @@ from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
 from .retry import after_crash
 from .schema import up_to_date
-from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_claimed_job, as_new_job, as_row,
-    await_parents, cancel_jobs, corrupt, due_lanes, due_rows, end_attempts, ends, forget, held, insert_sql, job_sql,
+from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
+    cancel_jobs, claimed, corrupt, due, due_lanes, end_attempts, ends, forget, held, insert_sql, job_sql,
     json_in, json_list, keep_notices, keep_progress, last_number, log_of_sql, log_sql, note, note_all, prolong,
     queue_again, readable, states, text, to_tell)
 
@@ -181,27 +181,25 @@ def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|Non
         first = cx.execute(_first_later, (lanes,)).fetchall()[0][0]
     return None if first is None else first - self.clock()
 
-def _rank(row): return -row[5] if isinstance(row[5], (int, float)) else 0, row[-1]
-
 @patch
 def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     now,lanes = self.clock(),self._open_lanes(cx, tasks, queues)
-    found = [due_rows(cx, lane, limit, fetch) for lane in due_lanes(cx, lanes, limit, now)]
-    rows = found[0] if len(found)==1 else sorted(chain(*found), key=_rank)[:limit]
-    if not rows: return []
-    seqs = [r[-1] for r in rows]
+    found = [due(cx, lane, limit) for lane in due_lanes(cx, lanes, limit, now)]
+    seqs = [seq for _,seq in (found[0] if len(found)==1 else sorted(chain(*found))[:limit])]
+    if not seqs: return []
     sql = 'UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq ' + json_in
     cx.execute(sql, (worker, now, self.ticks()+lease, json_list(seqs)))
     note_all(cx, 'running', seqs, now)
-    jobs,broken = [],[]
-    for row in rows:
-        try: jobs.append(as_claimed_job(row, worker, now))
-        except (ValueError, TypeError) as e:
-            sql = 'UPDATE jobs SET attempt=CAST(attempt AS INTEGER) WHERE seq=? RETURNING attempt' # it may be no number
-            attempt = cx.execute(sql, (row[-1],)).fetchall()[0][0]
-            broken.append(Done(seq=row[-1], attempt=attempt, state=State.dead, error=corrupt(e)))
-    if broken: self._finish(cx, broken)
+    jobs,broken = claimed(cx, seqs, fetch)
+    if broken: self._bury(cx, broken)
     return jobs
+
+@patch
+def _bury(self:SQLiteStore, cx, broken):
+    "End jobs whose records can't be read."
+    sql = 'UPDATE jobs SET attempt=CAST(attempt AS INTEGER) WHERE seq=? RETURNING attempt' # it may be no number
+    attempts = [cx.execute(sql, (seq,)).fetchall()[0][0] for seq,_ in broken]
+    self._finish(cx, [Done(seq=seq, attempt=a, state=State.dead, error=corrupt(e)) for (seq, e),a in zip(broken, attempts)])
 
 @patch
 def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection[str]|None=None, *, limit:int=1,
@@ -235,6 +233,19 @@ def _finish_in_time(self:SQLiteStore, cx, done):
         running.discard((d.seq, d.attempt))
     self._finish(cx, [d for d,ours in zip(done, good) if ours])
     return good
+
+# %% ../nbs/api/21_sqlite.ipynb #bde2aab7
+@patch
+def _exchange(self:SQLiteStore, cx, done, worker, wants, queues, lease):
+    return self._finish(cx, done),[self._claim(cx, worker, tasks, queues, n, lease) for tasks,n in wants]
+
+@patch
+def exchange(self:SQLiteStore, done:Sequence[Done], worker:str, wants:Sequence[tuple[Collection[str], int]],
+             queues:Collection[str]|None=None, *, lease:float=30.0) -> tuple[list[bool], list[list[Job]]]:
+    "Write down what came of attempts, and take due jobs, in one commit."
+    claims = worker,wants,queues,lease
+    try: return self._write(self._exchange, done, *claims)
+    except _Late: return self.finish(done),self._write(self._exchange, [], *claims)[1]
 
 # %% ../nbs/api/21_sqlite.ipynb #77a93f85
 @patch

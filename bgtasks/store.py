@@ -39,6 +39,11 @@ class Store(Protocol):
         attempt no longer runs: the job was taken back, has had a newer attempt, was cancelled, or is gone;
         nothing of it is written. Jobs waiting for one that succeeded become due; those waiting for one that is
         dead or cancelled are cancelled, and so on down the line."""
+    def exchange(self, done:Sequence[Done], worker:str, wants:Sequence[tuple[Collection[str], int]],
+                 queues:Collection[str]|None=None, *, lease:float=30.0) -> tuple[list[bool], list[list[Job]]]:
+        """`finish`, and then `claim` for each of `wants` (tasks, limit), in one commit. Gives what `finish` gives, and the
+        jobs of each claim."""
+
     def progress(self, reports:Sequence[tuple[int, int, Progress]]) -> None:
         "Keep the progress of (seq, attempt) where that attempt still runs, and log it as an event."
     def log(self, lines:Sequence[tuple[int, int, str, str]]) -> None:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'json_in', 'job_sql',
-           'insert_sql', 'log_sql', 'log_of_sql', 'text', 'json_list', 'as_job', 'as_claimed_job', 'corrupt',
-           'readable', 'as_row', 'as_new_job', 'last_number', 'note', 'note_all', 'held', 'due_lanes', 'due_rows',
-           'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'queue_again', 'end_attempts',
-           'keep_notices', 'to_tell', 'forget']
+           'insert_sql', 'log_sql', 'log_of_sql', 'text', 'json_list', 'as_job', 'corrupt', 'readable', 'as_row',
+           'as_new_job', 'last_number', 'note', 'note_all', 'held', 'due_lanes', 'due', 'claimed', 'prolong',
+           'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'queue_again', 'end_attempts', 'keep_notices',
+           'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Callable, Iterable, Sequence
@@ -59,16 +59,6 @@ def as_job(
         crashes=crashes, retries=retries, timeout=timeout, key=key, after=tuple(_maybe(after) or ()), keep=keep,
         result=_maybe(value), error=_maybe(error, _error.decode), progress=_maybe(progress, _progress.decode),
         worker=worker, seq=seq)
-
-def as_claimed_job(
-    row:tuple,  # As `job_sql` selected it, before it was claimed
-    worker:str, # Who has it now
-    now:float   # Seconds since 1970
-) -> Job:
-    "Make a record of a row that is just being claimed; raises as `as_job` does."
-    row = list(row)
-    row[4],row[8],row[10],row[20],row[21] = RUNNING,now,row[10]+1,None,worker
-    return as_job(row)
 
 def corrupt(
     e:Exception # What `as_job` raised
@@ -160,16 +150,6 @@ def held(
     return {(s, a) for s,a,w in rows.fetchall() if worker is None or w==worker}.intersection(pairs)
 
 # %% ../nbs/api/14_tables.ipynb #b0b3ae9b
-_due = 'WHERE j.st=1 AND j.lane=? ORDER BY j.priority DESC, j.seq LIMIT ?'
-_as_text = _columns
-for name in ('payload', 'after', 'value', 'error', 'progress'):
-    _as_text = _as_text.replace(f'j.{name},', f'CAST(j.{name} AS TEXT),')
-_large = 20_000 # bytes; in place of such a payload stands a blob, which JSON can't hold
-_as_text = _as_text.replace('CAST(j.payload', f"iif(length(j.payload)>{_large}, x'', CAST(j.payload").replace(
-    'payload AS TEXT)', 'payload AS TEXT))')
-_due_at_once = f"""SELECT json_group_array(json_array({_as_text})) FROM
-(SELECT * FROM jobs j {_due}) j CROSS JOIN lanes l ON l.lane=j.lane"""
-
 _first = 'SELECT {} FROM jobs WHERE st=1 AND lane=l.value ORDER BY priority DESC, seq LIMIT 1'
 _best = f'''SELECT value FROM (SELECT value, ({_first.format('priority')}) p, ({_first.format('seq')}) s
 FROM json_each(?) l) WHERE s IS NOT NULL ORDER BY p DESC, s LIMIT ?'''
@@ -184,15 +164,42 @@ def due_lanes(
     cx.execute(f'UPDATE jobs SET st=1 WHERE st=0 AND run_at<=? AND lane {json_in}', (now, json_list(lanes)))
     return lanes if len(lanes)==1 else [n for n, in cx.execute(_best, (json_list(lanes), limit)).fetchall()]
 
-def due_rows(
+_due = """SELECT json_group_array(json_array(iif(typeof(priority)='integer', -priority, 0), seq)) FROM
+(SELECT priority, seq FROM jobs WHERE st=1 AND lane=? ORDER BY priority DESC, seq LIMIT ?)"""
+
+def due(
     cx:Any,         # A connection
     lane:int,       # The lane
-    limit:int,      # How many at most
-    fetch:Callable  # `fetch(cx, sql, args)`: gives the rows of a query, damaged or not
-) -> list: # As `job_sql` selects them, in the order in which they are to run
-    "Read what is due in a lane."
-    try: return json.decode(cx.execute(_due_at_once, (lane, limit)).fetchall()[0][0])
-    except Exception: return fetch(cx, job_sql + _due, (lane, limit))
+    limit:int       # How many at most
+) -> list[list[int]]: # Each the priority with its sign turned, and the seq; so they sort as they are to run
+    "Tell which jobs are due in a lane; the index alone knows."
+    return json.decode(cx.execute(_due, (lane, limit)).fetchall()[0][0])
+
+# %% ../nbs/api/14_tables.ipynb #48d65850
+_large = 20_000 # bytes; in place of such a payload stands a blob, which JSON can't hold
+_payload = f"iif(length(j.payload)>{_large}, x'', CAST(j.payload AS TEXT))"
+_of_claimed = 'FROM json_each(?) n CROSS JOIN jobs j ON j.seq=n.value CROSS JOIN lanes l ON l.lane=j.lane'
+_claimed = f"""SELECT json_group_array(json_object('id', j.id, 'task', l.task, 'queue', l.queue, 'args', {_payload}->0,
+'kwargs', {_payload}->1, 'state', 'running', 'priority', j.priority, 'run_at', j.run_at, 'created_at', j.created_at,
+'started_at', j.started_at, 'attempt', j.attempt, 'lost', j.lost, 'crashes', j.crashes, 'retries', j.retries,
+'timeout', j.timeout, 'key', j.key, 'after', json(ifnull(CAST(j.after AS TEXT), '[]')), 'keep', j.keep,
+'error', json(CAST(j.error AS TEXT)), 'worker', j.worker, 'seq', j.seq)) {_of_claimed}"""
+_jobs = json.Decoder(list[Job])
+
+def claimed(
+    cx:Any,             # A connection in a transaction
+    seqs:Sequence[int], # Jobs that have just been claimed
+    fetch:Callable      # `fetch(cx, sql, args)`: gives the rows of a query, damaged or not
+) -> tuple[list[Job], list[tuple[int, Exception]]]: # Their records; the seq of those that can't be read, and why
+    "Read the records of claimed jobs."
+    args = (json_list(seqs),)
+    try: return _jobs.decode(cx.execute(_claimed, args).fetchall()[0][0]),[]
+    except Exception: rows = fetch(cx, f'SELECT {_columns} {_of_claimed}', args)
+    jobs,broken = [],[]
+    for row in rows:
+        try: jobs.append(as_job(row))
+        except (ValueError, TypeError, IndexError) as e: broken.append((row[-1], e))
+    return jobs,broken
 
 # %% ../nbs/api/14_tables.ipynb #163f74ef
 def prolong(

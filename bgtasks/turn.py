@@ -62,8 +62,7 @@ class Turn:
         try:
             self._hold(store)
             self._report(store)
-            self._finish(store)
-            self._claim(store)
+            self._exchange(store)
             self._keep_house(store)
         except Exception as e: self.error = e
         return self
@@ -83,17 +82,22 @@ class Turn:
             self.error,self.progress = e,[]
         self.lines = []
 
-    def _claim(self, store):
-        "Claim for each lane what it `wants`; if there is nothing, ask when there will be."
+    def _exchange(self, store):
+        "Write the verdicts and claim for each lane what it `wants`; if there is nothing, ask when there will be."
+        if self.failed: self._finish_each(store)
         names = [o for lane,_ in self.wants for o in lane.names]
-        if names and not self.sure:
-            self.due = store.next_due(names, self.queues)
-            if self.due is None or self.due > 0: return
-        for lane,n in self.wants:
-            jobs = store.claim(self.worker, lane.names, self.queues, limit=n, lease=self.lease)
-            self.jobs.append((lane, jobs))
-            lane.more = len(jobs) >= n
-        if names and not any(jobs for _,jobs in self.jobs): self.due = store.next_due(names, self.queues)
+        if names and not self.sure: self.due = store.next_due(names, self.queues)
+        asked = self.wants if names and (self.sure or self.due is not None and self.due <= 0) else []
+        if asked or self.done and not self.failed: self._visit(store, asked)
+        if asked and not any(jobs for _,jobs in self.jobs): self.due = store.next_due(names, self.queues)
+
+    def _visit(self, store, asked):
+        done,wants = [] if self.failed else self.done,[(lane.names, n) for lane,n in asked]
+        written,jobs = store.exchange(done, self.worker, wants, self.queues, lease=self.lease)
+        if not self.failed: self.left = []
+        self._wrote(done, written)
+        self.jobs = [(lane, o) for (lane,_),o in zip(asked, jobs)]
+        for (lane,n),o in zip(asked, jobs): lane.more = len(o) >= n
 
     def _keep_house(self, store):
         if self.max_crashes is not None: self.swept = store.sweep(self.max_crashes)
@@ -109,13 +113,6 @@ def unwritable(
     return Done(seq=done.seq, attempt=done.attempt, state=State.dead, error=why)
 
 # %% ../nbs/api/36_turn.ipynb #20201925
-@patch
-def _finish(self:Turn, store):
-    if not self.done: return
-    if self.failed: return self._finish_each(store)
-    self._wrote(self.done, store.finish(self.done))
-    self.left = []
-
 @patch
 def _wrote(self:Turn, done, ok):
     self.written += sum(ok)

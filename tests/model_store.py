@@ -17,11 +17,14 @@ class ModelStore:
     "Keeps the promises of `Store`, slowly and in memory."
     def __init__(self, *, clock, ticks):
         self.clock,self.mono = clock,ticks
-        self.rows,self.log_,self.seq,self.event,self.off,self.seen = {},[],0,0,set(),{}
+        self.rows,self.log_,self.number,self.off,self.seen = {},[],0,set(),{} # one line of numbers for jobs and events
 
     def _note(self, row, kind, data=None, attempt=None):
-        self.event += 1
-        self.log_.append(Event(id=self.event, job=row.id, kind=str(kind), at=self.clock(), data=data,
+        self.number += 1
+        self._log(self.number, row, kind, data, attempt)
+
+    def _log(self, number, row, kind, data=None, attempt=None):
+        self.log_.append(Event(id=number, job=row.id, kind=str(kind), at=self.clock(), data=data,
                                attempt=row.attempt if attempt is None else attempt))
 
     def _holder(self, key): return next((r for r in self.rows.values() if r.key==key and r.state not in ENDS), None)
@@ -34,7 +37,7 @@ class ModelStore:
         row.set(state=state, finished_at=now, **kw)
         row.until = now + row.keep
         self._note(row, state)
-        for call in deliveries(row.job, row.notices): self._add(call)
+        self._add(deliveries(row.job, row.notices))
         for child in [r for r in self.rows.values() if row.id in r.parents]:
             gone = Failure('Cancelled', f'after {row.id}')
             if state is State.succeeded: child.parents.discard(row.id)
@@ -48,17 +51,30 @@ class ModelStore:
 
     def add(self, calls):
         if len({c.id for c in calls} | set(self.rows)) < len(calls) + len(self.rows): raise ValueError('an id twice')
-        return [self.get(i) for i in [self._add(c) for c in calls]]
+        if any(c.key is not None and c.after for c in calls): ids = [self._add([c])[0] for c in calls]
+        else: ids = self._add(calls)
+        return [self.get(i) for i in ids]
 
-    def _add(self, c):
+    def _add(self, calls):
+        ids,new = [],set(self.rows)
+        for c in calls: ids.append(self._record(c))
+        for c in calls:
+            if c.id in self.rows and c.id not in new: self._await(c)
+        return ids
+
+    def _record(self, c):
         if c.key is not None and (other := self._holder(c.key)): return other.id
         now,(args, kwargs) = self.clock(),json.decode(c.payload)
-        self.seq += 1
+        self.number += 1
         run_at = now if c.run_at is None else c.run_at
         row = self.rows[c.id] = Row(Job(id=c.id, task=c.task, queue=c.queue, args=tuple(args), kwargs=kwargs,
             run_at=run_at, priority=c.priority, created_at=now, retries=c.retries, timeout=c.timeout, key=c.key,
-            after=c.after, keep=c.keep, seq=self.seq), run_at <= now, c.notify)
-        self._note(row, State.queued)
+            after=c.after, keep=c.keep, seq=self.number), run_at <= now, c.notify)
+        self._log(row.seq, row, State.queued)
+        return c.id
+
+    def _await(self, c):
+        row = self.rows[c.id]
         row.parents = {i for i in c.after if getattr(self.get(i), 'state', None) is not State.succeeded}
         for i in c.after:
             unknown = i not in self.rows or self.rows[i] is row # the later ones of a list are not there yet
@@ -66,7 +82,6 @@ class ModelStore:
                 self._end(row, State.cancelled, error=Failure('Cancelled', f'after {i}'))
                 if unknown: row.parents = set() # nobody brings it back
                 break
-        return c.id
 
     def _open(self, tasks, queues):
         return [r for r in self.rows.values() if r.state is State.queued and not r.parents and r.task in tasks
@@ -95,6 +110,8 @@ class ModelStore:
     def gone(self, jobs): return [p for p in jobs if not self._runs(*p)]
 
     def finish(self, done): return [self._finish(d) for d in done]
+    def exchange(self, done, worker, wants, queues=None, *, lease=30.0):
+        return self.finish(done),[self.claim(worker, tasks, queues, limit=n, lease=lease) for tasks,n in wants]
     def _finish(self, d):
         if not self._runs(d.seq, d.attempt): return False
         row = self._of(d.seq)
@@ -175,11 +192,11 @@ class ModelStore:
     def tick(self, name, last, at, call):
         if self.seen.get(name) != last: return False
         self.seen[name] = at
-        if call is not None: self._add(call)
+        if call is not None: self._add([call])
         return True
     def last_tick(self, name): return self.seen.get(name)
     def events(self, after=0, *, job=None, limit=1000):
         return [e for e in self.log_ if e.id > after and job in (None, e.job)][:limit]
-    def last_event(self): return self.event
+    def last_event(self): return self.number
     def close(self): pass
     def wait_fd(self, news=False): pass

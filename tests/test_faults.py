@@ -284,7 +284,7 @@ def test_a_fork_with_a_store_in_memory():
         '''
     assert ran(code)==['0', '1']
 
-STEPS = ['add', 'claim', 'renew', 'finish', 'leave']
+STEPS = ['add', 'claim', 'renew', 'finish', 'exchange', 'leave']
 
 @posix
 @pytest.mark.parametrize('when', ['before', 'inside', 'after'])
@@ -313,6 +313,8 @@ def test_killed_between_each_two_steps(path, verb, when):
             store.renew('w', [(j.seq, j.attempt) for j in jobs])
             if n==2: at('finish')
             store.finish([Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs[:1]])
+            if n==2: at('exchange')
+            store.exchange([Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs[1:]], 'w', [(['t'], 2)])
         at('leave')
         store.leave('w')
         '''

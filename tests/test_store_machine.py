@@ -4,7 +4,7 @@ import os, tempfile, threading
 from collections import Counter
 from pathlib import Path
 
-import pytest
+import apsw, pytest
 from hypothesis import HealthCheck, Phase, settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
 from msgspec.structs import replace
@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from bgtasks.check import check_store
 from bgtasks.errors import StoreError
 from bgtasks.job import Done, Failure, Progress, State
+from bgtasks.schema import app_id, schemas
 from bgtasks.sqlite import SQLiteStore
 from bgtasks.store import Call
 from model_store import ModelStore
@@ -110,11 +111,14 @@ class StoreMachine(RuleBasedStateMachine):
           lease=st.sampled_from([10.0, 30.0]))
     def claim(self, worker, tasks, queues, limit, lease):
         got = self.both('claim', worker, tasks, queues, limit=limit, lease=lease, key=lambda js: [plain(j) for j in js])
-        for j in got:
+        return multiple(*self._taken(worker, got, lease))
+
+    def _taken(self, worker, jobs, lease):
+        for j in jobs:
             assert self.live.get(j.seq, 0) <= self.mono, f'{j.id} has two live leases'
             assert self.model.rows[j.id].state is State.running
             self.live[j.seq] = self.mono + lease
-        return multiple(*[(worker, j.seq, j.attempt) for j in got])
+        return [(worker, j.seq, j.attempt) for j in jobs]
 
     @rule(held=st.lists(attempts, min_size=1, max_size=4, unique=True), worker=workers,
           lease=st.sampled_from([5.0, 30.0]))
@@ -134,6 +138,19 @@ class StoreMachine(RuleBasedStateMachine):
         good = self.both('finish', done)
         for d,g in zip(done, good):
             if g: self.live.pop(d.seq, None)
+
+    @rule(target=attempts, held=st.lists(attempts, max_size=3), state=verdicts, worker=workers,
+          wants=st.lists(st.tuples(some(TASKS), st.integers(0, 3)), max_size=2), queues=st.none() | some(QUEUES))
+    def exchange(self, held, state, worker, wants, queues):
+        "What a worker does most of the time: write, and take more, in one commit"
+        ok = state is State.succeeded
+        done = [Done(seq=s, attempt=a, state=state, value=b'[2]' if ok else None, error=None if ok else Failure('E', 'm'))
+                for _,s,a in held]
+        good,got = self.both('exchange', done, worker, wants, queues, lease=30.0,
+                             key=lambda r: (r[0], [[plain(j) for j in o] for o in r[1]]))
+        for d,g in zip(done, good):
+            if g: self.live.pop(d.seq, None)
+        return multiple(*[o for jobs in got for o in self._taken(worker, jobs, 30.0)])
 
     @rule(held=st.lists(attempts, min_size=1, max_size=3))
     def report(self, held):
@@ -233,3 +250,25 @@ def test_the_machine_finds_a_store_without_a_fence(monkeypatch):
     monkeypatch.setattr(SQLiteStore, 'finish', finish)
     with pytest.raises(AssertionError, match='finish'):
         run_state_machine_as_test(FinishingMachine, settings=settings(StoreMachine.TestCase.settings, max_examples=200))
+
+def test_a_file_whose_jobs_have_their_beginnings_in_the_log(tmp_path):
+    "Schema 3 had a row for it, and numbers of their own for jobs and events: no event is lost, doubled or out of order"
+    cx = apsw.Connection(str(tmp_path/'old.db'))
+    for script in schemas[:3]: cx.execute(script)
+    cx.execute(f'PRAGMA application_id={app_id}; PRAGMA user_version=3; INSERT INTO lanes VALUES(1, "t", "default")')
+    cx.execute("""INSERT INTO jobs(seq,id,lane,st,priority,run_at,created_at,retries,keep,payload)
+        VALUES(1,'a',1,1,0,0,5,0,604800,CAST('[[],{}]' AS BLOB)), (2,'b',1,6,0,0,5,0,604800,CAST('[[],{}]' AS BLOB));
+        INSERT INTO events(id,seq,kind,attempt,at) VALUES(1,1,'queued',0,5), (2,2,'queued',0,5), (3,2,'cancelled',0,6);
+        UPDATE counter SET seq=2, event=3, lanes=1""")
+    cx.close()
+    store = SQLiteStore(tmp_path/'old.db')
+    c, = store.add([Call(id='c', task='t', payload=b'[[],{}]')])
+    a, = store.claim('w', ['t'], limit=1)
+    store.retry('b')
+    facts = [(1, 'a', 'queued'), (2, 'b', 'queued'), (3, 'b', 'cancelled'), (4, 'c', 'queued'), (5, 'a', 'running'),
+             (6, 'b', 'queued')]
+    assert (a.id, c.seq, store.last_event())==('a', 4, 6)
+    for after in range(7): assert [(e.id, e.job, e.kind) for e in store.events(after)]==facts[after:]
+    assert [e.id for j in 'abc' for e in store.events(job=j)]==[1, 5, 2, 3, 6, 4]
+    for n in range(1, 7): assert [e.id for e in store.events(n-1, limit=1)]==[n]
+    store.close()
