@@ -18,7 +18,8 @@ from .job import Call, Failure, Job
 from .queue import TaskQueue
 from .sqlite import SQLiteStore
 from .store import Backend, supports
-from .tables import BLOCKED, CANCELLED, as_job, job_sql, json_in, json_list, note
+from .log import json_in, json_list, note
+from .tables import BLOCKED, CANCELLED, as_job, job_sql
 
 # %% ../nbs/api/44_move.ipynb #9dc4fd2c
 _week = 7*86400.

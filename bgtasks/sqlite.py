@@ -17,12 +17,13 @@ from msgspec import json, structs
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
+from .lanes import Lanes
+from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, note_all, text
 from .retry import after_crash
 from .schema import up_to_date
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
-    cancel_jobs, claimed, corrupt, due, due_lanes, end_attempts, ends, forget, held, insert_sql, job_sql,
-    json_in, json_list, keep_notices, keep_progress, last_number, log_of_sql, log_sql, note, note_all, prolong,
-    queue_again, readable, states, text, to_tell)
+    cancel_jobs, claimed, corrupt, due, due_lanes, end_attempts, ends, forget, held, insert_sql, job_sql, keep_notices,
+    keep_progress, prolong, queue_again, readable, states, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -38,7 +39,7 @@ class SQLiteStore:
         if durability not in ('power', 'process'):
             raise BadOption(f"SQLiteStore(durability={durability!r}): durability must be 'power' or 'process'")
         self.durability,self.clock,self.ticks = durability,clock,ticks or (time.monotonic if boot_id() else clock)
-        self._lanes,self._paused,self._lanes_at = {},set(),None
+        self.lanes = Lanes() # which there are, as far as this process knows
         self.file = SharedFile(path, durability=='power', timeout, lambda cx: up_to_date(cx, boot_id()))
 
     @property
@@ -59,35 +60,17 @@ class SQLiteStore:
     def _write(self, verb, *args):
         try: return self.file.write(verb, *args)
         except BaseException:
-            self._lanes_at = None # a lane may have been undone
+            self.lanes.forget() # one may have been undone
             raise
 
 # %% ../nbs/api/21_sqlite.ipynb #c4ae7b15
-@patch
-def _read_lanes(self:SQLiteStore, cx, at):
-    "Read the lanes again, unless they are those of version `at` still."
-    if at == self._lanes_at: return
-    self._lanes = {(t, q):n for n,t,q in cx.execute('SELECT lane,task,queue FROM lanes')}
-    self._paused = {q for q, in cx.execute('SELECT queue FROM paused')}
-    self._lanes_at = at
-
-@patch
-def _lane(self:SQLiteStore, cx, key) -> int:
-    "The number of the lane `key` (task, queue), made on first use."
-    if (lane := self._lanes.get(key)) is None:
-        cx.execute('INSERT INTO lanes(task,queue) VALUES(?,?)', key)
-        lane = self._lanes[key] = cx.last_insert_rowid()
-        self._lanes_at = cx.execute('UPDATE counter SET lanes=lanes+1 RETURNING lanes').fetchall()[0][0]
-    return lane
-
-# %% ../nbs/api/21_sqlite.ipynb #68ebea4b
 @patch
 def _add(self:SQLiteStore, cx, calls):
     now,self.file.news = self.clock(),True
     if any(c.key is not None for c in calls): return self._add_keyed(cx, calls)
     last,at = last_number(cx)
-    self._read_lanes(cx, at)
-    lanes = {k: self._lane(cx, k) for k in {(c.task, c.queue) for c in calls}}
+    self.lanes.read(cx, at)
+    lanes = {k: self.lanes.number(cx, k) for k in {(c.task, c.queue) for c in calls}}
     cx.executemany(insert_sql, [as_row(c, n, lanes[c.task, c.queue], now) for n,c in enumerate(calls, last+1)])
     keep_notices(cx, calls, last+1)
     jobs = [as_new_job(c, n, now) for n,c in enumerate(calls, last+1)]
@@ -161,12 +144,6 @@ def waiting(self:SQLiteStore) -> dict[str, int]:
     return out
 
 # %% ../nbs/api/21_sqlite.ipynb #accccbb9
-@patch
-def _open_lanes(self:SQLiteStore, cx, tasks, queues) -> list[int]:
-    self._read_lanes(cx, cx.execute('SELECT lanes FROM counter').fetchall()[0][0])
-    return [n for (t, q),n in self._lanes.items()
-            if t in tasks and q not in self._paused and (queues is None or q in queues)]
-
 _any_due = 'SELECT 1 FROM json_each(?) l WHERE EXISTS(SELECT 1 FROM jobs WHERE st=1 AND lane=l.value) LIMIT 1'
 _first_later = """SELECT min((SELECT run_at FROM jobs WHERE st=0 AND lane=l.value AND run_at<9e999
 ORDER BY run_at LIMIT 1)) FROM json_each(?) l"""
@@ -174,16 +151,15 @@ ORDER BY run_at LIMIT 1)) FROM json_each(?) l"""
 @patch
 def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
     "Seconds from now until `claim` may give something."
-    with self.file.reader() as cx: # its own lanes: the cache belongs to the writer
-        rows = cx.execute('SELECT lane,task,queue FROM lanes WHERE queue NOT IN (SELECT queue FROM paused)').fetchall()
-        lanes = json_list(n for n,t,q in rows if t in tasks and (queues is None or q in queues))
+    with self.file.reader() as cx:
+        lanes = json_list(Lanes().open(cx, tasks, queues)) # read anew: those of this store belong to the writer
         if cx.execute(_any_due, (lanes,)).fetchall(): return 0.0
         first = cx.execute(_first_later, (lanes,)).fetchall()[0][0]
     return None if first is None else first - self.clock()
 
 @patch
 def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
-    now,lanes = self.clock(),self._open_lanes(cx, tasks, queues)
+    now,lanes = self.clock(),self.lanes.open(cx, tasks, queues)
     found = [due(cx, lane, limit) for lane in due_lanes(cx, lanes, limit, now)]
     seqs = [seq for _,seq in (found[0] if len(found)==1 else sorted(chain(*found))[:limit])]
     if not seqs: return []
@@ -199,7 +175,8 @@ def _bury(self:SQLiteStore, cx, broken):
     "End jobs whose records can't be read."
     sql = 'UPDATE jobs SET attempt=CAST(attempt AS INTEGER) WHERE seq=? RETURNING attempt' # it may be no number
     attempts = [cx.execute(sql, (seq,)).fetchall()[0][0] for seq,_ in broken]
-    self._finish(cx, [Done(seq=seq, attempt=a, state=State.dead, error=corrupt(e)) for (seq, e),a in zip(broken, attempts)])
+    self._finish(cx, [Done(seq=seq, attempt=attempt, state=State.dead, error=corrupt(e))
+                      for (seq, e),attempt in zip(broken, attempts)])
 
 @patch
 def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection[str]|None=None, *, limit:int=1,

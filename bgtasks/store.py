@@ -41,8 +41,8 @@ class Store(Protocol):
         dead or cancelled are cancelled, and so on down the line."""
     def exchange(self, done:Sequence[Done], worker:str, wants:Sequence[tuple[Collection[str], int]],
                  queues:Collection[str]|None=None, *, lease:float=30.0) -> tuple[list[bool], list[list[Job]]]:
-        """`finish`, and then `claim` for each of `wants` (tasks, limit), in one commit. Gives what `finish` gives, and the
-        jobs of each claim."""
+        """`finish`, and then `claim` for each of `wants` (tasks, limit), in one commit. Gives what `finish` gives, and
+        the jobs of each claim."""
 
     def progress(self, reports:Sequence[tuple[int, int, Progress]]) -> None:
         "Keep the progress of (seq, attempt) where that attempt still runs, and log it as an event."

@@ -314,7 +314,8 @@ def test_killed_between_each_two_steps(path, verb, when):
             if n==2: at('finish')
             store.finish([Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs[:1]])
             if n==2: at('exchange')
-            store.exchange([Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs[1:]], 'w', [(['t'], 2)])
+            rest = [Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs[1:]]
+            store.exchange(rest, 'w', [(['t'], 2)])
         at('leave')
         store.leave('w')
         '''

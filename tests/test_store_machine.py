@@ -144,8 +144,8 @@ class StoreMachine(RuleBasedStateMachine):
     def exchange(self, held, state, worker, wants, queues):
         "What a worker does most of the time: write, and take more, in one commit"
         ok = state is State.succeeded
-        done = [Done(seq=s, attempt=a, state=state, value=b'[2]' if ok else None, error=None if ok else Failure('E', 'm'))
-                for _,s,a in held]
+        what = dict(value=b'[2]') if ok else dict(error=Failure('E', 'm'))
+        done = [Done(seq=s, attempt=a, state=state, **what) for _,s,a in held]
         good,got = self.both('exchange', done, worker, wants, queues, lease=30.0,
                              key=lambda r: (r[0], [[plain(j) for j in o] for o in r[1]]))
         for d,g in zip(done, good):
