@@ -77,7 +77,7 @@ class ModelStore:
         row = self.rows[c.id]
         row.parents = {i for i in c.after if getattr(self.get(i), 'state', None) is not State.succeeded}
         for i in c.after:
-            unknown = i not in self.rows or self.rows[i] is row # the later ones of a list are not there yet
+            unknown = i not in self.rows or self.rows[i].seq >= row.seq # itself, or a later one of a list
             if unknown or self.rows[i].state in (State.dead, State.cancelled):
                 self._end(row, State.cancelled, error=Failure('Cancelled', f'after {i}'))
                 if unknown: row.parents = set() # nobody brings it back
