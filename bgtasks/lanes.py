@@ -22,8 +22,9 @@ class Lanes:
     ):
         "Read them again, unless they are those of this version still."
         if version==self.version: return
-        self.numbers = {(t, q):n for n,t,q in cx.execute('SELECT lane,task,queue FROM lanes')}
-        self.paused = {q for q, in cx.execute('SELECT queue FROM paused')}
+        rows = cx.execute('SELECT lane,CAST(task AS BLOB),CAST(queue AS BLOB) FROM lanes') # what is no UTF-8 is damaged
+        self.numbers = {(str(t, errors='replace'), str(q, errors='replace')):n for n,t,q in rows}
+        self.paused = {str(q, errors='replace') for q, in cx.execute('SELECT CAST(queue AS BLOB) FROM paused')}
         self.version = version
 
     def number(self,

@@ -60,6 +60,10 @@ def up_to_date(
         f'knows {len(schemas)}). Upgrade bgtasks here, or give it another file.')
     for script in schemas[have:]: cx.execute(script)
     if have < len(schemas): cx.execute(f'PRAGMA application_id={app_id}; PRAGMA user_version={len(schemas)}')
-    if cx.execute('SELECT boot FROM counter').fetchall()[0][0] != boot:
+    try: row = (cx.execute('SELECT * FROM counter').fetchall() or [()])[0]
+    except UnicodeDecodeError: row = ()
+    if not row or not all(isinstance(n, int) and n >= 0 for n in row[:-1]):
+        raise StoreError(f'{name}: its table counter is damaged, so no job could get a number. Restore a backup')
+    if row[-1] != boot:
         cx.execute('UPDATE jobs SET until=-1e18 WHERE st=2')
         cx.execute('UPDATE counter SET boot=?', (boot,))

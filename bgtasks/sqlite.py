@@ -39,7 +39,7 @@ class SQLiteStore:
         if durability not in ('power', 'process'):
             raise BadOption(f"SQLiteStore(durability={durability!r}): durability must be 'power' or 'process'")
         self.durability,self.clock,self.ticks = durability,clock,ticks or (time.monotonic if boot_id() else clock)
-        self.lanes = Lanes() # which there are, as far as this process knows
+        self.lanes,self.looked = Lanes(),0 # lanes, as far as this process knows; how far `mend` has come
         self.file = SharedFile(path, durability=='power', timeout, lambda cx: up_to_date(cx, boot_id()))
 
     @property
@@ -139,8 +139,8 @@ def waiting(self:SQLiteStore) -> dict[str, int]:
     "How many unstarted jobs each task has, whether a worker knows the task or not."
     out = {}
     for st in (LATER, DUE, BLOCKED):
-        sql = f'SELECT l.task, count(*) FROM jobs j JOIN lanes l USING(lane) WHERE st={st} GROUP BY lane'
-        for task,n in self.file.read(sql): out[task] = out.get(task, 0) + n
+        sql = f"SELECT ifnull(task,'?'), count(*) FROM jobs LEFT JOIN lanes USING(lane) WHERE st={st} GROUP BY lane"
+        for task,n in self.file.read(sql): out[str(task)] = out.get(str(task), 0) + n
     return out
 
 # %% ../nbs/api/21_sqlite.ipynb #accccbb9
@@ -336,7 +336,7 @@ def log(self:SQLiteStore, lines:Sequence[tuple[int, int, str, str]]):
 
 def _told(data):
     try: return None if data is None else json.decode(data)
-    except ValueError: return None # damaged, as a row may be
+    except (ValueError, TypeError): return None # damaged, as a row may be
 
 @patch
 def events(self:SQLiteStore, after:int=0, *, job:str|None=None, limit:int=1000) -> list[Event]:

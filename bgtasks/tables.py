@@ -26,7 +26,7 @@ ends = {State.succeeded:SUCCEEDED, State.dead:DEAD, State.cancelled:CANCELLED}
 _columns = """j.id, l.task, l.queue, j.payload, j.st, j.priority, j.run_at, j.created_at, j.started_at, j.finished_at,
 j.attempt, j.lost, j.crashes, j.retries, j.timeout, j.key, j.after, j.keep, j.value, j.error, j.progress, j.worker,
 j.seq"""
-job_sql = f'SELECT {_columns} FROM jobs j JOIN lanes l USING(lane) '
+job_sql = f'SELECT {_columns} FROM jobs j LEFT JOIN lanes l ON l.lane=j.lane ' # LEFT: the lane may be damaged
 
 # %% ../nbs/api/14_tables.ipynb #49de3766
 _call,_error,_progress = json.Decoder(tuple[list, dict]),json.Decoder(Failure),json.Decoder(Progress)
@@ -39,7 +39,9 @@ def as_job(
     "Make a record of a row; raises `ValueError` or `TypeError` if the row can't be read."
     (id, task, queue, payload, st, priority, run_at, created, started, finished, attempt, lost, crashes, retries,
      timeout, key, after, keep, value, error, progress, worker, seq) = row
-    if not (isinstance(id, str) and isinstance(attempt, int)): raise ValueError('its id or its attempt is damaged')
+    if not (type(id) is type(task) is type(queue) is str): raise ValueError('its id, task or queue is damaged')
+    try: attempt|lost|crashes|retries|priority, run_at+created+keep+(started or 0)+(finished or 0)+(timeout or 0)
+    except TypeError: raise ValueError('a number in it is damaged') from None # nothing tells that as quickly
     args,kwargs = _call.decode(payload)
     return Job(id=id, task=task, queue=queue, args=tuple(args), kwargs=kwargs, state=states[st], priority=priority,
         run_at=run_at, created_at=created, started_at=started, finished_at=finished, attempt=attempt, lost=lost,
@@ -53,17 +55,20 @@ def corrupt(
     "Say that a record can't be read."
     return Failure('CorruptRecord', f'the record of this job can\'t be read: {e}')
 
+_no,_name,_whole,_number,_time = (type(None), None),(str, '?'),(int, 0),(float, 0.),((float, type(None)), None)
+_sane = [_name, _name, _name, _no, (int, DEAD), _whole, _number, _number, _time, _time, _whole, _whole, _whole, _whole,
+         _time, ((str, type(None)), None), _no, (float, 604800.), _no, _no, _no, ((str, type(None)), None), _whole]
+
 def readable(
     row:tuple # As `job_sql` selects it
 ) -> Job:
     "Make a record of a row, leaving out what can't be read."
     try: return as_job(row)
     except (ValueError, TypeError, IndexError) as e:
-        row = list(row)
-        row[3],row[16],row[18],row[20],row[19] = b'[[],{}]',None,None,None,json.encode(corrupt(e))
+        row = [v if isinstance(v, kind) else default if v is None or kind is not str else repr(v)
+               for v,(kind, default) in zip(row, _sane)]
+        row[3],row[19] = b'[[],{}]',json.encode(corrupt(e))
         if row[4] not in range(len(states)): row[4] = DEAD
-        if not isinstance(row[0], str): row[0] = repr(row[0])
-        if not isinstance(row[10], int): row[10] = 0
         return as_job(row)
 
 # %% ../nbs/api/14_tables.ipynb #a5ddbf99
@@ -180,14 +185,17 @@ def keep_progress(
     note(cx, [(s, 'progress', a, p) for p,s,a in rows], now)
 
 # %% ../nbs/api/14_tables.ipynb #1625de13
+_kept = "?1+iif(typeof(keep)='real' AND keep>=0,keep,604800)" # it may be damaged
 _named = 'SELECT seq,CAST(id AS BLOB)' # which is a text in any row that is not damaged
 _lost = 'it was to run after job {}, which did not succeed'
 
 def _children(cx, seqs, strike=False) -> list[tuple[int, int]]:
     "Pairs of parent and child for the jobs that wait for these; `strike` them off the list?"
     if not cx.execute('SELECT 1 FROM deps LIMIT 1').fetchall(): return []
-    sql = 'DELETE FROM deps WHERE parent {} RETURNING parent,child' if strike else 'SELECT * FROM deps WHERE parent {}'
-    return cx.execute(sql.format(json_in), (json_list(seqs),)).fetchall()
+    pair = 'parent,CAST(child AS INTEGER)' # a number, though it may be damaged
+    sql = f'DELETE FROM deps WHERE parent {json_in} RETURNING {pair}' if strike else \
+        f'SELECT {pair} FROM deps WHERE parent {json_in}'
+    return cx.execute(sql, (json_list(seqs),)).fetchall()
 
 def cancel_jobs(
     cx:Any,             # A connection in a transaction
@@ -199,8 +207,8 @@ def cancel_jobs(
     while why:
         errors = {s: text(Failure('Cancelled', w)) for s,w in why.items()}
         told = cx.execute(f'{_named},attempt FROM jobs WHERE st<4 AND seq {json_in}', (json_list(why),)).fetchall()
-        cx.executemany('UPDATE jobs SET st=6, finished_at=?, until=?+keep, error=CAST(? AS BLOB) WHERE seq=?',
-                       [(now, now, errors[s], s) for s,_,_ in told])
+        cx.executemany('UPDATE jobs SET st=6, finished_at=?1, until=' + _kept + ', error=CAST(?2 AS BLOB) '
+                       'WHERE seq=?3', [(now, errors[s], s) for s,_,_ in told])
         note(cx, [(s, 'cancelled', a, errors[s]) for s,_,a in told], now)
         names = {s: str(i, errors='replace') for s,i,_ in told}
         over += names
@@ -267,12 +275,12 @@ def queue_again(
         while rows := cx.execute(_would_wait, (s,)).fetchall(): line.append(put(rows[0][0], BLOCKED, rows[0][1]))
 
 # %% ../nbs/api/14_tables.ipynb #d34a6712
-_ended = """UPDATE jobs SET st=d.st, finished_at=?1, until=?1+keep, value=CAST(d.value AS BLOB),
+_ended = f"""UPDATE jobs SET st=d.st, finished_at=?1, until={_kept}, value=CAST(d.value AS BLOB),
 error=CAST(d.error AS BLOB) FROM (SELECT value->>0 seq, value->>1 attempt, value->>2 st, value->>3 value,
   value->>4 error FROM json_each(?2)) d
 WHERE jobs.seq=d.seq AND jobs.attempt=d.attempt AND jobs.st=2"""
 
-_ended_large = ('UPDATE jobs SET finished_at=?1, until=?1+keep, st=?4, value=CAST(?5 AS BLOB), error=CAST(?6 AS BLOB) '
+_ended_large = (f'UPDATE jobs SET finished_at=?1, until={_kept}, st=?4, value=CAST(?5 AS BLOB), error=CAST(?6 AS BLOB) '
                 'WHERE seq=?2 AND attempt=?3 AND st=2')
 
 _again = ('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(CAST(? AS BLOB),error), until=NULL '

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 
 from .errors import Unusable
 from .job import Done, State
+from .mend import mend
 from .retry import failure
 
 # %% ../nbs/api/36_turn.ipynb #7ff289f2
@@ -53,7 +54,7 @@ class Turn:
         self.look,self.sure = True,True     # does it ask for all lanes with room, or for some? without looking first?
         self.max_crashes,self.prune = None,False                        # `None`: no sweep in this turn
         self.written,self.late,self.left,self.error = 0,[],self.done,None # what came of the verdicts
-        self.lost,self.jobs,self.swept,self.due,self.pruned = [],[],[],None,0
+        self.lost,self.jobs,self.swept,self.mended,self.due,self.pruned = [],[],[],[],None,0
 
     def __repr__(self): return f'Turn({self.written} written, {len(self.left)} left, {len(self.jobs)} claims)'
 
@@ -100,7 +101,7 @@ class Turn:
         for (lane,n),o in zip(asked, jobs): lane.more = len(o) >= n
 
     def _keep_house(self, store):
-        if self.max_crashes is not None: self.swept = store.sweep(self.max_crashes)
+        if self.max_crashes is not None: self.swept,self.mended = store.sweep(self.max_crashes),mend(store)
         if self.prune: self.pruned = store.prune(500)
 
 # %% ../nbs/api/36_turn.ipynb #99980e17

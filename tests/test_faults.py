@@ -186,27 +186,96 @@ def test_a_corrupted_row_costs_only_its_own_job(path):
     assert [store.get(j.id).state for j in jobs]==['dead']*3 + ['running']
     assert all(store.get(j.id).error.message for j in jobs[:3]) and len(store.find())==4
 
+ODD = 'NULL', "'abc'", "CAST(x'ff' AS TEXT)", "x''", "x'ff'", '-1', '1e6', '4e18', '9e999', '-9e999'
+COLUMNS = """id lane st priority run_at created_at started_at finished_at until attempt lost crashes retries timeout
+keep key after waits worker progress error payload value""".split()
+LONG = {('running', 'until', '4e18'), ('running', 'until', '9e999'), ('later', 'run_at', '4e18'),
+        ('blocked', 'run_at', '4e18')} # long, and no damage
+
+async def until(condition, about):
+    end = time.monotonic()+10
+    while not condition():
+        assert time.monotonic() < end, about() if callable(about) else about
+        await asyncio.sleep(.002)
+
+def damage(path, table, column, value, where='1'):
+    "Write `value`, if the table takes it"
+    with apsw.Connection(str(path)) as cx:
+        try: cx.execute(f'UPDATE {table} SET "{column}"={value} WHERE {where}')
+        except apsw.ConstraintError: return False
+    cx.close()
+    return True
+
 @pytest.mark.anyio
-@pytest.mark.parametrize('value', ["CAST(x'ff' AS TEXT)", "'abc'", 'NULL', '9e999'])
-@pytest.mark.parametrize('state,column', [(st, c) for st,cs in dict(due='id st priority run_at attempt payload key',
-    running='id until attempt crashes worker').items() for c in cs.split()])
-async def test_damage_of_any_kind_costs_only_its_own_job(anyio_backend, path, state, column, value):
-    "Bytes that are no text, a text where a number was, nothing at all: the others run, and all can be read"
-    if (column, value)==('until', '9e999'): return # a lease without end is no damage
-    with TaskQueue(SQLiteStore(path, 'process')) as queue:
+@pytest.mark.parametrize('column', COLUMNS)
+@pytest.mark.parametrize('state', ['due', 'later', 'blocked', 'running', 'succeeded'])
+async def test_damage_of_any_kind_costs_only_its_own_job(anyio_backend, path, state, column):
+    "Whatever stands in whatever column: the job has run or is dead with a reason, the others run, and all can be read"
+    now = [1e9]
+    with TaskQueue(SQLiteStore(path, 'process', clock=lambda: now[0], ticks=lambda: now[0])) as queue:
         task = queue.task(lambda n: n, name='t')
-        jobs = task.enqueue_many([(n,) for n in range(3)])
-        jobs.append(queue.task(lambda: 4, name='other').using(after=jobs[:2]).enqueue())
-        if state=='running': queue.store.claim('w', ['t'], lease=-1)
-        cx = apsw.Connection(str(path))
-        try: cx.execute(f'UPDATE jobs SET "{column}"={value} WHERE seq=?', (jobs[0].seq,))
-        except apsw.ConstraintError: return # no such damage
-        finally: cx.close()
-        queue.store.sweep()
-        await Worker(queue).run(until_empty=True)
-        assert [queue.get(j).state for j in jobs[1:3]]==['succeeded']*2
-        assert len(queue.find())==4 and queue.store.events() and not queue.counts()[State.running]
-        assert queue.purge(0) >= 2
+        before = task.using(delay=50).enqueue(0)
+        options = dict(later=dict(delay=50), blocked=dict(after=before)).get(state, {})
+        odd = {v: task.using(key=v, timeout=9, **options).enqueue(1) for v in ODD}
+        if state in ('running', 'succeeded'): claimed = claim(queue.store)
+        if state=='succeeded': assert all(finish(queue.store, *claimed))
+        others = task.enqueue_many([(n,) for n in range(3)])
+        other = queue.task(lambda: 4, name='other')
+        children = [other.using(after=[others[0], j]).enqueue() for j in odd.values()]
+        hurt = [v for v,j in odd.items()
+                if (state, column, v) not in LONG and damage(path, 'jobs', column, v, f'seq={j.seq}')]
+        found = queue.find()
+        assert len(found)==24 and all(str(j.task) for j in found) and sum(queue.waiting().values()) >= 4
+        now[0] += 100
+        async with Worker(queue, grace=0):
+            def ended():
+                now[0] += .1
+                return all(j.state not in ('queued', 'running') for j in queue.find())
+            await until(lambda: ended() and sum(queue.counts().values())==24, queue.find)
+        jobs = {j.seq:j for j in queue.find()}
+        assert [jobs[j.seq].state for j in [before, *others]]==['succeeded']*4
+        for value,child in zip(odd, children):
+            got = jobs[odd[value].seq]
+            assert got.state=='succeeded' or value in hurt and got.state=='dead' and got.error.message, (value, got)
+            if state=='succeeded': continue
+            assert jobs[child.seq].state==('succeeded' if got.state=='succeeded' else 'cancelled'), (value, got)
+        assert queue.store.events(limit=10**6) and queue.purge(0) >= 14
+        assert {task.using(key=v).enqueue(5).state for v in odd}=={'queued'}
+
+@pytest.mark.anyio
+@pytest.mark.parametrize('table,column', [('lanes', 'task'), ('lanes', 'queue'), ('deps', 'parent'), ('deps', 'child'),
+    ('events', 'seq'), ('events', 'kind'), ('events', 'attempt'), ('events', 'at'), ('events', 'data'),
+    ('notices', 'what'), ('paused', 'queue')])
+async def test_damage_beside_the_jobs(anyio_backend, path, table, column):
+    "In the other tables: jobs that are not concerned run, those that wait for what is gone end, the file opens again"
+    for value in ODD:
+        file = path.with_name(f'{abs(hash(value))}.db')
+        with TaskQueue(SQLiteStore(file, 'process')) as queue:
+            task,odd = queue.task(lambda n: n, name='t'),queue.task(lambda n: n, name='odd')
+            queue.pause('resting')
+            jobs = task.enqueue_many([(n,) for n in range(3)])
+            waits = task.using(after=jobs[0]).enqueue(9)
+            odd.using(queue='other').enqueue(1)
+            where = dict(lanes="task='odd'").get(table, '1')
+            if not damage(file, table, column, value, where): continue
+        with TaskQueue(SQLiteStore(file, 'process')) as queue:
+            task = queue.task(lambda n: n, name='t')
+            more = task.enqueue(4)
+            async with Worker(queue):
+                def ended(): return all(queue.get(j).state=='succeeded' for j in [*jobs, more])
+                def waited(): return queue.get(waits).state!='queued' and sum(queue.waiting().values()) <= 1
+                await until(lambda: ended() and waited(), value)
+            assert len(queue.find())==6 and queue.store.events() is not None
+            assert queue.purge(0) >= 4
+
+@pytest.mark.parametrize('value', ODD)
+@pytest.mark.parametrize('column', ['floor', 'born', 'boot', 'lanes'])
+def test_a_damaged_counter_is_told_or_put_right(path, column, value):
+    store = SQLiteStore(path); store.add(calls(3)); store.close()
+    if not damage(path, 'counter', column, value): return
+    try: store = SQLiteStore(path)
+    except StoreError as e: assert 'counter' in str(e); return
+    assert len(store.add(calls(2)))==2 and len(store.find())==5 and len(claim(store))==5 and store.last_event() >= 5
 
 @pytest.mark.anyio
 async def test_an_event_that_cannot_be_read(anyio_backend, path):
