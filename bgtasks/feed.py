@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import contextmanager, suppress
 from math import inf
+from random import uniform
 from weakref import WeakKeyDictionary
 
 from fastcore.basics import patch
@@ -93,6 +94,7 @@ class Follower:
         self.last = feed.store.last_event() if after is None else after # Id of the last event that was given
         self.behind,self.over = True,False                              # Is there a gap to read? Is all told?
         self._buffer,self._error,self._waiter,self._check_at = deque(),None,None,0.0
+        self._alarm,self._alarm_at = None,inf
         self.cut = False # was it ended by `end`?
 
     def __enter__(self):
@@ -101,7 +103,9 @@ class Follower:
         self.behind = self._reader.at > self.last
         return self
 
-    def __exit__(self, *_): self._reader.remove(self)
+    def __exit__(self, *_):
+        self._reader.remove(self)
+        if self._alarm: self._alarm.cancel()
 
     def push(self,
         event:Event # The next one
@@ -143,7 +147,7 @@ async def more(self:Follower,
         now = time.monotonic()
         if self.jobs and (now >= self._check_at or any(e.kind in _ends for e in events)): await self._check(now)
         if events or now >= until: return events
-        await self._rest(min(until, self._check_at if self.jobs else until) - now)
+        await self._rest(min(until, self._check_at if self.jobs else until))
     return []
 
 # %% ../nbs/api/23_feed.ipynb #05c77144
@@ -166,29 +170,36 @@ async def _past(self:Follower):
 @patch
 async def told(self:Follower) -> bool: # Never, if it follows all jobs
     "Tell whether its jobs have ended, and it has given all there is to tell of them."
-    return bool(self.jobs) and await self.feed.do(_all_told, self.feed.store, self.jobs, self.last)
+    return bool(self.jobs) and await self.feed._reader().told(self.jobs, self.last)
 
 @patch
 async def _check(self:Follower, now):
-    self._check_at = now + 40*self.feed.every
+    self._check_at = now + self.feed.every*uniform(30, 50) # a thousand who came together don't ask together
     self.over = await self.told() or self.over
 
 @patch
-async def _rest(self:Follower, seconds):
+async def _rest(self:Follower, until):
+    "Wait to be woken, at `until` at the latest."
     if self._buffer or self.behind or self.over or self._error: return
     loop = asyncio.get_running_loop()
     self._waiter = loop.create_future()
-    timer = None if seconds==inf else loop.call_later(seconds, self._wake)
+    if until < self._alarm_at: # one that rings too early does no harm
+        if self._alarm: self._alarm.cancel()
+        self._alarm,self._alarm_at = loop.call_later(until-time.monotonic(), self._ring),until
     try: await self._waiter
-    finally:
-        self._waiter = None
-        if timer: timer.cancel()
+    finally: self._waiter = None
+
+@patch
+def _ring(self:Follower):
+    self._alarm,self._alarm_at = None,inf
+    self._wake()
 
 # %% ../nbs/api/23_feed.ipynb #673b143d
 class _Reader:
     "Reads the log for all followers of one event loop."
     def __init__(self, feed):
         self.feed,self.all,self.of,self.task,self.wake = feed,set(),defaultdict(set),None,asyncio.Event()
+        self.asked = {}
 
     def add(self, f):
         if f.jobs is None: self.all.add(f)
@@ -203,6 +214,13 @@ class _Reader:
             self.of[id].discard(f)
             if not self.of[id]: del self.of[id]
         if not (self.all or self.of) and self.task: self.task.cancel(); self.task = None
+
+    async def told(self, jobs, last):
+        "Ask the store once for all who want to know the same at the same time."
+        if (asked := self.asked.get(key := (jobs, last))) is None:
+            asked = self.asked[key] = asyncio.ensure_future(self.feed.do(_all_told, self.feed.store, jobs, last))
+            asked.add_done_callback(lambda _: self.asked.pop(key))
+        return await asyncio.shield(asked)
 
     async def run(self):
         try:

@@ -8,7 +8,9 @@ __all__ = ['describe', 'message', 'as_sse', 'Live', 'serve_reader', 'EventStream
 # %% ../nbs/api/42_live.ipynb #c3f1db47
 import asyncio, logging, signal, threading
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
+from math import inf
+from random import uniform
 from time import monotonic
 from typing import Any
 
@@ -80,7 +82,7 @@ class Live:
     def __init__(self,
         queue:Any,            # A `TaskQueue`
         *,
-        heartbeat:float=15.0, # Seconds without a message after which a reader gets a sign of life
+        heartbeat:float=15.0, # Seconds without a message after which a reader has got a sign of life
         stall:float=10.0,     # Seconds that a reader may let the server wait before it is dropped
         logs:bool=False       # Are readers sent the log lines of jobs as well?
     ):
@@ -110,6 +112,26 @@ def _watched(follower, receive):
     try: yield
     finally: task.cancel()
 
+# %% ../nbs/api/42_live.ipynb #5201b6ce
+@asynccontextmanager
+async def _limit(seconds):
+    "Give what awaits a sending; the block ends with a `TimeoutError` if that takes longer than `seconds`."
+    loop,since,alarm = asyncio.get_running_loop(),inf,None
+    async def within(sending):
+        nonlocal since,alarm
+        since = loop.time()
+        alarm = alarm or loop.call_later(seconds, ring)
+        try: await sending
+        finally: since = inf
+    def ring():
+        nonlocal alarm
+        left = since+seconds-loop.time()
+        alarm = loop.call_later(left, ring) if 0 < left < inf else None
+        if left <= 0: end.reschedule(loop.time())
+    async with asyncio.timeout(None) as end:
+        try: yield within
+        finally: alarm and alarm.cancel()
+
 # %% ../nbs/api/42_live.ipynb #4da27ea7
 async def serve_reader(
     live:Live,               # Whose reader it is
@@ -123,13 +145,14 @@ async def serve_reader(
     with follower as f, _watched(f, receive), _until_stop(f):
         live.readers.add(f)
         try:
-            await _say(live, say, first, f.last)
-            at = monotonic()
-            while not f.over:
-                batch = await _batch(live, await f.more(live.heartbeat), sees)
-                if not batch and (f.over or monotonic() < at+live.heartbeat): continue
-                await _say(live, say, batch, f.last)
-                at = monotonic()
+            async with _limit(live.stall) as within:
+                await within(say(first, f.last))
+                due = _due(live)
+                while not f.over:
+                    batch = await _batch(live, await f.more(due-monotonic()), sees)
+                    if not batch and (f.over or monotonic() < due): continue
+                    await within(say(batch, f.last))
+                    due = _due(live)
         except TimeoutError:
             live.dropped += 1
             _log.warning('A reader of live events did not read for %g s and was dropped', live.stall)
@@ -138,8 +161,9 @@ async def serve_reader(
     return True
 
 # %% ../nbs/api/42_live.ipynb #7676c24a
-async def _say(live, say, batch, last):
-    async with asyncio.timeout(live.stall): await say(batch, last)
+def _due(live):
+    "Tell when the next sign of life is due; those of a thousand readers must not fall on one moment."
+    return monotonic() + live.heartbeat*uniform(.8, 1)
 
 async def _batch(live, events, sees):
     "Give those of `events` that a reader is to see, in words."
