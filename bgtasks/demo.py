@@ -218,12 +218,13 @@ def data_file(
             yield (path := f'{folder}/demo.db'), f'{path} (until the demo stops; --data FILE keeps it, and the work)'
 
 # %% ../nbs/api/61_demo.ipynb #38b1ab09
-def _watch(app, slow, kept, port):
+def _watch(app, slow, kept, port, data):
     "Say where everything is, and wait until the dashboard ends."
     def line(what, text): click.echo(f'{what:>9}  {text}')
     taken = '' if not port or app.url.endswith(f':{port}') else f' (port {port} is taken)'
     line('Dashboard', click.style(app.url, bold=True) + taken)
-    line('', f'to see it crash: kill -9 {app.pid}, and start it again with the same --data')
+    again = f'kill -9 {app.pid}, and start the demo again with --data {data}' if data else 'start it with --data FILE'
+    line('', f'(to see it crash and go on: {again})')
     if slow: line('Service', f'{slow.url} (to see it fail: kill {slow.pid})')
     line('Data', kept)
     line('', 'Ctrl-C stops all of it.')
@@ -255,6 +256,15 @@ def _readable(path):
     except (OSError, ValueError, csv.Error) as e: raise click.ClickException(f"{path} can't be checked: {e}") from None
     if not rows: raise click.ClickException(f"{path} can't be checked: it has no rows below a header")
 
+def _usable(path):
+    "Give up with one line if no data can be kept at `path`."
+    def bad(why): return click.ClickException(f'--data {path}: {why}')
+    if not path.absolute().parent.is_dir(): raise bad(f'there is no folder {path.absolute().parent}; make it first')
+    try:
+        with open(path, 'rb+', opener=lambda *o: os.open(o[0], o[1] | os.O_CREAT, 0o600)) as f: head = f.read(16)
+    except OSError as e: raise bad(e.strerror) from None
+    if head not in (b'', b'SQLite format 3\0'): raise bad('no SQLite file, so it is left alone; name another')
+
 # %% ../nbs/api/61_demo.ipynb #866d26fb
 _PORT,_SECONDS = click.IntRange(0, 65535),click.FloatRange(0, 3600)
 
@@ -279,11 +289,12 @@ def demo(host, port, service_port, service, seconds, pace, data, to_check, make_
         if make_csv: _write(make_csv)
         if to_check: _readable(to_check)
         elif make_csv: return
+        if data: _usable(data)
         settings = dict(host=host, service=service, seconds=seconds, pace=pace)
         if to_check: return _check(to_check, data, settings)
         with until_stopped(), data_file(data) as (path, kept):
             with servers(path, port=port, service_port=service_port, **settings) as (app, slow):
-                _watch(app, slow, kept, port)
+                _watch(app, slow, kept, port, data)
         click.echo('Stopped.')
     except OSError as e: raise click.ClickException(str(e)) from None
 

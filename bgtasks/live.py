@@ -23,6 +23,8 @@ from .job import Event, Job, State
 _log = logging.getLogger('bgtasks')
 _ends = {State.succeeded, State.dead, State.cancelled}
 
+def _whole(n): return int(n) if n is not None and float(n).is_integer() else n # 3 of 8, and not 3.0
+
 # %% ../nbs/api/42_live.ipynb #c3d268a2
 def describe(
     job:Job,          # Any job
@@ -30,7 +32,7 @@ def describe(
 ) -> dict[str, Any]: # Plain JSON
     "Tell of `job` what the one who waits for it may know."
     error = job.error and dict(type=job.error.type, message=job.error.message)
-    p = job.progress and dict(done=job.progress.done, total=job.progress.total, message=job.progress.message)
+    p = (p := job.progress) and dict(done=_whole(p.done), total=_whole(p.total), message=p.message)
     return dict(id=job.id, task=job.task, state=job.state.value, progress=p, result=job.result, error=error,
                 tries=job.tries, retries=job.retries, created_at=job.created_at, started_at=job.started_at,
                 finished_at=job.finished_at, url=f'{prefix}/{job.id}', events=f'{prefix}/{job.id}/events')

@@ -109,16 +109,20 @@ def _facts(news) -> dict[str, str]:
 
 # %% ../nbs/api/28_mail.ipynb #9644f8f4
 _subject = '{task}: {state}'
-_plain = 'The job {id} of {task} %s at {finished}, after {attempt} attempt(s).\n'
-_rich = '<p>The job <code>{id}</code> of {task} <b>%s</b> at {finished}, after {attempt} attempt(s).</p>\n'
+_plain = 'The job {id} of {task} %s at {finished}%s.\n'
+_rich = '<p>The job <code>{id}</code> of {task} <b>%s</b> at {finished}%s.</p>\n'
+_tries = {0: '', 1: ', at the first attempt'}
 _became = dict(succeeded='succeeded', dead='died', cancelled='was cancelled')
 _more = {'result': ('\nResult: {result}\n', '<p>Result:</p><pre>{result}</pre>\n'),
          'error': ('\n{error}\n', '<p>{error}</p>\n'), 'traceback': ('\n{traceback}\n', '<pre>{traceback}</pre>\n')}
 
 def _default(news, facts, rich) -> str:
     "The template of a mail for which none was given."
-    there = dict(result=news.get('result') is not None, error=facts['error'], traceback=facts['traceback'])
-    return (_rich if rich else _plain) % _became[news['state']] + ''.join(_more[k][rich] for k,v in there.items() if v)
+    given = news.get('result') not in (None, '', [], {})
+    there = dict(result=given, error=facts['error'], traceback=facts['traceback'])
+    tries = _tries.get(n := news.get('attempt') or 0, f', after {n} attempts')
+    begin = (_rich if rich else _plain) % (_became[news['state']], tries)
+    return begin + ''.join(_more[k][rich] for k,v in there.items() if v)
 
 # %% ../nbs/api/28_mail.ipynb #1c8284dd
 def _line(text) -> str:

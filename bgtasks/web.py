@@ -6,16 +6,18 @@
 __all__ = ['lifespan', 'routes', 'accepted', 'job_status', 'status_head']
 
 # %% ../nbs/api/50_web.ipynb #ed708d5e
-import re
+import logging, re
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from hashlib import blake2b
 from inspect import isasyncgenfunction, isawaitable
+from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastcore.xml import ft, to_xml
 from msgspec import json
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.routing import NoMatchFound, Route, WebSocketRoute
@@ -64,6 +66,8 @@ def lifespan(
     return lambda app: _Span(run(app))
 
 # %% ../nbs/api/50_web.ipynb #b5d7547d
+_log = logging.getLogger('bgtasks')
+
 class _Refused(Exception):
     "What is answered in place of what was asked for."
     def __init__(self, status, detail): self.status,self.detail = status,detail
@@ -117,15 +121,30 @@ class _Desk:
         res = self.auth(conn, job)
         return bool(await res if isawaitable(res) else res)
 
-    def sees(self, conn):
-        "Make the test whether the visitor may see a job, for streams of all jobs."
-        known = {}
+    async def knock(self, conn):
+        "Ask about the newest job before a stream of all begins, in which `auth` can raise no answer any more."
+        with suppress(Unsupported):
+            for job in await self.queue.reads.do(self.queue.store.find, limit=1): await self.allowed(conn, job)
+
+    async def still(self, conn, id):
+        "May the visitor see a job now, in the middle of a stream?"
+        if (job := await self.queue.reads.do(self.queue.store.get, id)) is None: return False
+        try: return await self.allowed(conn, job)
+        except HTTPException: return False
+        except Exception: _log.exception('auth has failed for job %s: it is not shown to a reader of live events', id)
+        return False
+
+    def sees(self, conn, follower):
+        "Make the test whether the visitor may see a job, for a stream; the answer holds for `heartbeat` seconds."
+        if self.auth is None: return None
+        begun = monotonic()+self.live.heartbeat
+        known = dict.fromkeys(follower.jobs or (), (True, begun))
         async def sees(id):
-            if id not in known:
+            if monotonic() >= known.get(id, (False, 0))[1]:
                 if len(known) >= 10_000: known.clear()
-                job = await self.queue.reads.do(self.queue.store.get, id)
-                known[id] = job is not None and await self.allowed(conn, job)
-            return known[id]
+                known[id] = await self.still(conn, id),monotonic()+self.live.heartbeat
+            if not known[id][0] and follower.jobs: follower.end() # who comes back is answered anew
+            return known[id][0]
         return sees
 
 # %% ../nbs/api/50_web.ipynb #df382fdd
@@ -159,21 +178,22 @@ async def _jobs(desk, conn):
     if desk.auth is None and not _local(conn):
         raise _Refused(403, 'This stream tells of all jobs, so it is for visitors from this machine only, unless '
                             'routes(queue, auth=…) says who may see which job')
+    if desk.auth: await desk.knock(conn)
 
 async def _reading(desk, conn):
     "Give a follower for a reader, what it is told at once, and the test of what it may see."
     jobs,after = await _jobs(desk, conn),_after(conn)
     if after is not None and after > await desk.queue.reads.do(desk.queue.store.last_event): after = None
     follower = desk.queue.feed.follower(None if jobs is None else [j.id for j in jobs], after)
-    if jobs is None: return follower,[],None if desk.auth is None else desk.sees(conn)
-    if after is not None: return follower,[],None
+    sees = desk.sees(conn, follower)
+    if jobs is None or after is not None: return follower,[],sees
     first,prefix = [],conn.url.path.rpartition('/events')[0]
     prefix = prefix.rpartition('/')[0] if 'id' in conn.path_params else prefix
     for j in jobs:
         now = await desk.queue.reads.do(desk.queue.store.get, j.id) or j # as it is now that the follower listens
         data = dict(id=follower.last, job=j.id, kind='job', attempt=now.attempt, at=None, data=describe(now, prefix))
         first.append(('job', follower.last, json.encode(data)))
-    return follower,first,None
+    return follower,first,sees
 
 async def _events(desk, request):
     "Answer a request for events."
@@ -237,7 +257,7 @@ def routes(
     card:Callable=job_status,         # `card(job, prefix=…)`: what a browser gets, made of a job
     origins:Collection[str]=(),       # Other sites whose pages may open a WebSocket: `'https://app.example.org'`
     logs:bool=False,                  # Are readers sent the log lines of jobs as well?
-    heartbeat:float=15.0,             # Seconds without an event after which a reader gets a sign of life
+    heartbeat:float=15.0,             # Seconds to a sign of life, and for which an answer of `auth` holds
     stall:float=10.0                  # Seconds that a reader may let the server wait before it is dropped
 ) -> list: # For `routes=`, or to add to `app.routes`
     "Make the routes by which visitors see, follow and cancel jobs."

@@ -3,6 +3,7 @@ import json, os, re, signal, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 
 import apsw, httpx2, pytest, uvicorn
+from starlette.exceptions import HTTPException
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -386,6 +387,57 @@ def test_a_job_of_somebody_else_does_not_exist(tmp_path, auth):
             connect(str(client.base_url).rstrip('/').replace('http', 'ws')+f'{mine}/events',
                     additional_headers={'x-user': 'broken'})
         assert refused.value.response.status_code==401
+
+@contextmanager
+def changing(tmp_path):
+    "An app whose `auth` says what the test says, or raises that"
+    says = [True]
+    def auth(request, job):
+        if isinstance(says[0], Exception): raise says[0]
+        return says[0]
+    with serving(web_app.starlette(tmp_path/'q.db', auth=auth, heartbeat=.2)) as client:
+        def say(answer):
+            says[0] = answer
+            time.sleep(.3) # as long as the last answer is believed
+        yield client,say
+
+@pytest.mark.parametrize('answer', [False, HTTPException(403), ZeroDivisionError('no such table')])
+def test_what_may_not_be_seen_any_more(tmp_path, caplog, answer):
+    with changing(tmp_path) as (client, say):
+        url = start(client, n=3)
+        assert soon(lambda: client.get(url).json()['state']=='running')
+        at = str(client.base_url).rstrip('/').replace('http', 'ws')
+        with (stream(client, '/jobs/events') as everything, stream(client, f'{url}/events', last=0) as one,
+              connect(f'{at}{url}/events?after=0') as ws, connect(f'{at}/jobs/events') as ws_all):
+            go(client)
+            assert kinds(take(everything, 1))==['progress'] and json.loads(ws_all.recv(20))['kind']=='progress'
+            assert kinds(take(one, 3))[-1]=='progress'
+            assert [json.loads(ws.recv(20))['kind'] for _ in range(3)][-1]=='progress'
+            say(answer)
+            go(client)
+            assert list(one)==[] # it ends in order, without what was not for it
+            with pytest.raises(ConnectionClosed) as end: ws.recv(20)
+            assert end.value.rcvd.code==1012
+            again = client.get(f'{url}/events', headers={'Last-Event-ID': '3'})
+            assert again.status_code==(500 if str(answer)=='no such table' else 403 if answer else 404)
+            say(True)
+            go(client)
+            seen = take(everything, 2)
+            assert [json.loads(ws_all.recv(20)) for _ in range(2)]==[e['data'] for e in seen]
+        assert [e['data']['data'] for e in seen[:1]]==[dict(done=3, total=3, message='step 3')]
+        assert kinds(seen)==['progress', 'succeeded']
+    assert ('auth has failed' in caplog.text and 'no such table' in caplog.text)==isinstance(answer, ZeroDivisionError)
+
+def test_auth_that_raises_is_heard_before_a_stream_begins(tmp_path):
+    with changing(tmp_path) as (client, say):
+        with stream(client, '/jobs/events'): pass # there is no job yet to ask about
+        start(client)
+        for answer,status in ((ZeroDivisionError(), 500), (HTTPException(401), 401)):
+            say(answer)
+            assert client.get('/jobs/events').status_code==status
+            with pytest.raises(InvalidStatus) as refused:
+                connect(str(client.base_url).rstrip('/').replace('http', 'ws')+'/jobs/events')
+            assert refused.value.response.status_code==status
 
 def test_the_stream_of_all_jobs_is_not_for_strangers(client):
     for head in ({'X-Forwarded-For': '203.0.113.9'}, {'Forwarded': 'for=203.0.113.9'}, {'Host': 'shop.example'},
