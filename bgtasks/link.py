@@ -9,6 +9,7 @@ __all__ = ['impatient', 'Link', 'together']
 import os
 from collections.abc import Callable
 from hashlib import sha1
+from socket import timeout
 from typing import Any
 
 # %% ../nbs/api/18_link.ipynb #7c5167da
@@ -43,17 +44,70 @@ def _error_of(act) -> BaseException|None:
     try: act()
     except BaseException as e: return e
 
-def _answer(conn):
-    from redis.exceptions import ResponseError
-    try: return conn.read_response(disable_decoding=True)
-    except ResponseError as e: return e
-
 # %% ../nbs/api/18_link.ipynb #333950f8
+def _parsed(data:bytes, at:int) -> tuple[Any, int]: # What stands there, and where the next thing begins
+    end = data.find(b'\r\n', at)
+    if end < 0: raise IndexError(at)
+    kind,line,at = data[at:at+1],data[at+1:end],end+2
+    if kind==b':': return int(line),at
+    if kind==b'+': return line,at
+    if kind in b'$=!':
+        if (n := int(line)) < 0: return None,at
+        if at+n+2 > len(data): raise IndexError(at)
+        text = data[at:at+n]
+        return (_error(text) if kind==b'!' else text[4:] if kind==b'=' else text),at+n+2
+    if kind in b'*~%>': return _several(data, at, int(line)*(2 if kind==b'%' else 1), kind)
+    if kind==b'-': return _error(line),at
+    plain = {b'_': lambda o: None, b'#': lambda o: o==b't', b',': float, b'(': int}
+    if kind not in plain: raise ValueError(f'no answer of a Redis: {data[:40]!r}')
+    return plain[kind](line),at
+
+def _several(data, at, n, kind):
+    if n < 0: return None,at
+    res = []
+    for _ in range(n):
+        o,at = _parsed(data, at)
+        res.append(o)
+    if kind==b'>': return _parsed(data, at) # news that nobody has asked for
+    return (dict(zip(res[::2], res[1::2])) if kind==b'%' else res),at
+
+def _error(text):
+    from redis import exceptions as e
+    known = dict(NOSCRIPT=e.NoScriptError, LOADING=e.BusyLoadingError, READONLY=e.ReadOnlyError, OOM=e.OutOfMemoryError,
+                 NOAUTH=e.AuthenticationError, NOPERM=e.NoPermissionError)
+    return known.get((text := text.decode(errors='replace')).partition(' ')[0], e.ResponseError)(text)
+
+def _answers(sock, n, e) -> list:
+    data,at,res = b'',0,[]
+    while len(res) < n:
+        try: o,at = _parsed(data, at)
+        except IndexError:
+            if not (more := sock.recv(65536)): raise e.ConnectionError('the server has closed the connection')
+            data,at = data[at:]+more,0
+        else:
+            if isinstance(o, e.ConnectionError): raise o
+            res.append(o)
+    return res
+
+def _answer(conn, e):
+    try: return conn.read_response(disable_decoding=True)
+    except e.ResponseError as error: return error
+
+def _named(error, e):
+    "As redis-py has it."
+    if not isinstance(error, OSError) or isinstance(error, e.RedisError): return error
+    return (e.TimeoutError if isinstance(error, timeout) else e.ConnectionError)(str(error))
+
+def _plain(conn): return hasattr(conn, '_sock') and 'Hiredis' not in type(getattr(conn, '_parser', None)).__name__
+
+# %% ../nbs/api/18_link.ipynb #a6701791
 class Link:
     "Sends commands to the server of `client`."
     def __init__(self,
         client:Any # Of redis-py; an `impatient` one
-    ): self.pool,self.bodies,self._free,self._pid = client.connection_pool,{},[],os.getpid()
+    ):
+        from redis import exceptions
+        self.pool,self.bodies,self._errors,self._free,self._pid = client.connection_pool,{},exceptions,[],os.getpid()
 
     def __repr__(self): return f'Link({self.where})'
 
@@ -75,10 +129,10 @@ class Link:
         meanwhile:Callable|None=None # What to do while the server is at it
     ) -> list: # The answers
         "Send `commands` in one trip."
-        from redis.exceptions import NoScriptError
         got = self._trip(_packed(commands), len(commands), meanwhile)
-        for i,(cmd,o) in enumerate(zip(commands, got)):
-            if isinstance(o, NoScriptError): got[i], = self._trip(_packed([self._spelt(cmd)]), 1)
+        for i,o in enumerate(got):
+            if not isinstance(o, Exception): continue
+            if isinstance(o, self._errors.NoScriptError): got[i], = self._trip(_packed([self._spelt(commands[i])]), 1)
         for o in got:
             if isinstance(o, Exception): raise o
         return got
@@ -86,19 +140,19 @@ class Link:
     def _spelt(self, cmd): return 'EVAL', self.bodies[cmd[1]], *cmd[2:]
 
     def _trip(self, data, n, meanwhile=None):
-        from redis.exceptions import ConnectionError
-        failed = None
+        failed,e = None,self._errors
         while True:
             conn = self._take()
             idle = conn is not None
             try:
+                if idle and meanwhile is not None and conn.can_read(): raise e.ConnectionError('closed by the server')
                 if not idle: (conn := self.pool.make_connection()).connect()
                 conn.send_packed_command([data], check_health=False)
                 if meanwhile is not None: failed,meanwhile = _error_of(meanwhile),None
-                got = [_answer(conn) for _ in range(n)]
-            except BaseException as e:
+                got = _answers(conn._sock, n, e) if _plain(conn) else [_answer(conn, e) for _ in range(n)]
+            except BaseException as x:
                 if conn is not None: conn.disconnect()
-                if not idle or not isinstance(e, (ConnectionError, OSError)): raise
+                if not idle or not isinstance(x, (e.ConnectionError, OSError)): raise _named(x, e) from None
                 self.close() # the others will be as old
                 continue
             self._free.append(conn)

@@ -19,7 +19,7 @@ from .errors import BackendUnavailable, BadOption, StoreError
 from .job import Done, Event, Failure, Job, Progress, State
 from .link import Link, impatient
 from .message import Message, job_of, next_message, read_message, write_message
-from .scripts import prelude, scripts
+from .scripts import scripts, whole
 
 # %% ../nbs/api/26_records.ipynb #1c024b4c
 @contextmanager
@@ -60,7 +60,7 @@ class Records:
     ):
         self.client,self.prefix = _connected(server, wait),prefix
         self.link = Link(self.client)
-        self._where,self._sha = self.link.where,{k: self.link.script(prelude+v) for k,v in scripts.items()}
+        self._where,self._sha = self.link.where,{k: self.link.script(whole(k)) for k in scripts}
 
     def __repr__(self): return f'Records({self._where})'
 
@@ -134,7 +134,7 @@ def begin(self:Records,
 ) -> tuple: # `('run', job)`, `('gone', why)`, `('again', run_at)` or `('wait', seconds, worker)`
     "Say what a worker is to do with a message."
     why = json.encode(Failure('WorkerLost', f'its worker vanished more than {self.max_crashes} times while it ran'))
-    said = self._do('begin', m.id, *_about(m, self.least), m.sent or m.created_at, m.round, m.attempt, m.lost, nonce,
+    said = self._do('begin', m.id, *_about(m, self.least), m.sent, m.round, m.attempt, m.lost, nonce,
                     worker, dead, self.lease, self.max_crashes, why)
     what,*more = _text(said).split(' ')
     if what=='run':
@@ -203,7 +203,8 @@ def _job(h, m=None):
     load = lambda k,t: json.decode(h[k], type=t) if k in h else None
     m,state = read_message(h['msg']),State(_text(h['state']))
     value,error = (load('value', Any), None) if state is State.succeeded else (None, load('error', Failure))
-    return job_of(m, state=state, attempt=int(h['attempt']), lost=int(h['lost']), crashes=int(h['crashes']),
+    count = lambda k: int(h.get(k, 0))
+    return job_of(m, state=state, attempt=count('attempt'), lost=count('lost'), crashes=count('crashes'),
                   created_at=num('created_at'), started_at=num('started_at'), finished_at=num('finished_at'),
                   run_at=num('run_at') or m.run_at, worker=_text(h.get('worker')), error=error, result=value,
                   progress=load('progress', Progress))
@@ -231,7 +232,7 @@ def message(self:Records,
 ) -> Message|None: # `None` if there is no record
     "Make the message of the round that a job is in."
     with _reached(self._where): h = self.client.hgetall(f'{self.prefix}job:{id}')
-    return next_message(read_message(h[b'msg']), _job(h), int(h[b'round'])) if h else None
+    return next_message(read_message(h[b'msg']), _job(h), int(h.get(b'round', 0))) if h else None
 
 @patch
 def retry(self:Records,
