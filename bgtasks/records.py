@@ -78,8 +78,10 @@ class Records:
         self.client.close()
 
 # %% ../nbs/api/26_records.ipynb #090fdbbc
+_for_ever = 10**9 # Seconds; Redis has an end for longer times
+
 def _about(m, least):
-    return write_message(m), m.key or '', int(max(m.keep, least)), m.task, f'{m.queue}:{m.priority}'
+    return write_message(m), m.key or '', int(min(max(m.keep, least), _for_ever)), m.task, f'{m.queue}:{m.priority}'
 
 def _text(b): return b.decode() if isinstance(b, bytes) else b
 

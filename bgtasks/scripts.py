@@ -67,7 +67,7 @@ scripts = {}
 
 scripts['add'] = '''
 local key,wait,late,unseen = ARGV[4],tonumber(ARGV[8]),tonumber(ARGV[9]),ARGV[10]
-local ttl = math.floor(wait+tonumber(unseen))
+local ttl = math.floor(math.min(wait, 1e9)+tonumber(unseen))
 if key~='' then
   local owner = taken(key)
   if owner then return owner end
