@@ -125,7 +125,8 @@ end
 attempt = attempt+1
 look(task, lease)
 if again then redis.call('HDEL', rec, 'again') end
-set('state', 'running', 'task', task, 'attempt', attempt, 'round', round, 'nonce', nonce, 'worker', worker, 'until', stamp(now+lease), 'started_at', stamp(now))
+set('state', 'running', 'task', task, 'attempt', attempt, 'round', round, 'nonce', nonce, 'worker', worker,
+    'until', stamp(now+lease), 'started_at', stamp(now))
 redis.call('PERSIST', rec)
 if key~='' then redis.call('SET', P..'key:'..key, id) end
 emit('running', attempt, 'null')
