@@ -38,7 +38,7 @@ def _redis_sender(broker, link):
     "A copy of `broker` that catches what it would send."
     res = copy.copy(broker)
     caught = _Caught(link.script(broker.scripts['dispatch'].script))
-    res.scripts = broker.scripts | dict(dispatch=caught)
+    res.scripts,res.maintenance_chance = broker.scripts | dict(dispatch=caught),0 # looking after others is for workers
     return res,caught
 
 def _rabbit_sender(broker, wait):
