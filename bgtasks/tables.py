@@ -59,16 +59,21 @@ _no,_name,_whole,_number,_time = (type(None), None),(str, '?'),(int, 0),(float, 
 _sane = [_name, _name, _name, _no, (int, DEAD), _whole, _number, _number, _time, _time, _whole, _whole, _whole, _whole,
          _time, ((str, type(None)), None), _no, (float, 604800.), _no, _no, _no, ((str, type(None)), None), _whole]
 
+def _tells(error) -> bool:
+    try: return _maybe(error, _error.decode) is not None
+    except (ValueError, TypeError): return False
+
 def readable(
     row:tuple # As `job_sql` selects it
 ) -> Job:
     "Make a record of a row, leaving out what can't be read."
     try: return as_job(row)
     except (ValueError, TypeError, IndexError) as e:
+        error = row[19]
         row = [v if isinstance(v, kind) else default if v is None or kind is not str else repr(v)
                for v,(kind, default) in zip(row, _sane)]
-        row[3],row[19] = b'[[],{}]',json.encode(corrupt(e))
         if row[4] not in range(len(states)): row[4] = DEAD
+        row[3],row[19] = b'[[],{}]',error if row[4]==DEAD and _tells(error) else json.encode(corrupt(e))
         return as_job(row)
 
 # %% ../nbs/api/14_tables.ipynb #a5ddbf99
