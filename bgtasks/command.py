@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['find_queue', 'Herd', 'worker', 'move_jobs']
 
+# %% ../nbs/api/55_command.ipynb #41af64bf
+from .extra import need
+
+# %% ../nbs/api/55_command.ipynb #8476d6b4
+need('worker', 'click')
+
 # %% ../nbs/api/55_command.ipynb #781f79b6
 import asyncio, importlib, logging, multiprocessing, os, signal, sys, time
 from functools import partial

@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['InjectedTasks', 'injected_tasks']
 
+# %% ../nbs/api/51_fastapi.ipynb #ecdbced8
+from .extra import need
+
+# %% ../nbs/api/51_fastapi.ipynb #1a9678c7
+need('fastapi', 'fastapi')
+
 # %% ../nbs/api/51_fastapi.ipynb #21008663
 from typing import TYPE_CHECKING, Annotated
 

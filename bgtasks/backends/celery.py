@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['CeleryBackend', 'Ticks']
 
+# %% ../../nbs/api/54_celery.ipynb #dc77837a
+from ..extra import need
+
+# %% ../../nbs/api/54_celery.ipynb #2099182d
+need('celery', 'celery')
+
 # %% ../../nbs/api/54_celery.ipynb #af8566c9
 import logging, os, re, threading
 from base64 import b64encode

@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['DramatiqBackend']
 
+# %% ../../nbs/api/54_dramatiq.ipynb #55adb0bd
+from ..extra import need
+
+# %% ../../nbs/api/54_dramatiq.ipynb #0d41aa10
+need('dramatiq', 'dramatiq')
+
 # %% ../../nbs/api/54_dramatiq.ipynb #2eafc977
 import copy, json, logging, re, threading, time
 from collections.abc import Iterable, Sequence
