@@ -24,7 +24,7 @@ from anyio import CapacityLimiter, from_thread, to_thread
 from anyio.lowlevel import RunVar, current_token
 from msgspec.structs import replace
 
-from .errors import BadOption, Cancel, NotPicklable, ProcessDied, RemoteError, Retry, TaskTimeout
+from .errors import BadOption, BgTasksError, Cancel, NotPicklable, ProcessDied, RemoteError, Retry, TaskTimeout
 from .job import Job, Outcome, State, task_name
 
 # %% ../nbs/api/20_run.ipynb #de0cf63c
@@ -217,7 +217,13 @@ def _by_import(func):
     "Give `func` as the installed module has it: what a process is to run must be found there by import."
     return getattr(import_module('bgtasks.run'), func.__name__)
 
+def _once_more():
+    return BgTasksError('This process was started to run a task, and runs the main module of the program once more, '
+                        'which has come to a task in another process again. Put what the program does under '
+                        "`if __name__ == '__main__':`.")
+
 def _new_pool():
+    if getattr(multiprocessing.current_process(), '_inheriting', False): raise _once_more() # Python would, at length
     from pebble import ProcessPool # takes 30 ms to import: only who needs it pays
     pool = ProcessPool(1, initializer=_by_import(_begin_child), context=multiprocessing.get_context('spawn'))
     _start(pool)
