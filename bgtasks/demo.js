@@ -1,5 +1,5 @@
-// The part of HTMX that this page uses, with HTMX's own attributes: hx-post, hx-target, hx-swap, hx-swap-oob, and the
-// headers HX-Retarget and HX-Reswap.
+// The part of HTMX that this page uses, with HTMX's own attributes: hx-post, hx-target, hx-swap, hx-swap-oob,
+// hx-trigger, and the headers HX-Retarget and HX-Reswap.
 
 const swaps = {
   innerHTML: (el, parts) => el.replaceChildren(...parts),
@@ -38,7 +38,7 @@ document.addEventListener('submit', event => {
   send(event.target)
 })
 
-// not HTMX's either: a job that has ended may have others that tell of it
+// a job that has ended may have others that tell of it: what hx-trigger says, for the one list that has it
 document.addEventListener('job-done', async () => {
   const resp = await fetch('/told', {headers: {'HX-Request': 'true'}}).catch(() => {})
   if (resp?.ok) document.getElementById('told')?.replaceWith(...parse(await resp.text()))

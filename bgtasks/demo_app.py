@@ -231,7 +231,8 @@ def _told(o):
     "List the latest who were told."
     jobs = [job for task in _TOLD for job in o.queue.find(task=task, limit=10)]
     jobs.sort(key=lambda job: -job.seq)
-    return Ul(*[Li(any_card(job, o.path)) for job in jobs[:10]], id='told')
+    cards = [any_card(job, o.path) for job in jobs[:10]] or ['Nobody yet.']
+    return Ul(*map(Li, cards), id='told', hx_get='/told', hx_trigger='job-done from:body', hx_swap='outerHTML')
 
 def _tellings(o):
     return Section(

@@ -20,7 +20,7 @@ from .errors import BadOption, NotDelivered, UnknownSecret, Unusable
 
 # %% ../nbs/api/28_mail.ipynb #b89bd001
 _header = policy.SMTP.header_factory
-_control = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]') # what may end a line, or isn't seen
+_control = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]') # what ends a line, turns it or isn't seen
 
 def check_addresses(
     to:str|Iterable[str] # `'ada@example.org'` or `'Ada <ada@example.org>'`; one or several
@@ -31,6 +31,7 @@ def check_addresses(
         def bad(why): return BadOption(f'email({a!r}): {why}')
         if not isinstance(a, str) or not a: raise bad('give an address, as in ada@example.org')
         if _control.search(a): raise bad('no address has a line break or another control character')
+        if '=?' in a: raise bad('a name is written as it is read, not in the code of RFC 2047')
         try: found = _header('To', a)
         except Exception as e: raise bad(f'this is no address ({e})') from None
         if found.defects or not found.addresses or not all(o.username and o.domain for o in found.addresses):

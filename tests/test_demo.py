@@ -4,8 +4,14 @@ from pathlib import Path
 
 import httpx2, pytest
 from bs4 import BeautifulSoup
+from starlette.responses import FileResponse
+from starlette.routing import Route
 
-from browser import browser, needs_browser, shoot
+from bgtasks.demo_app import dashboard
+from bgtasks.server import Server
+from bgtasks.signature import new_secret
+from browser import browser, htmx_files, needs_browser, shoot
+from test_web import serving
 
 ROOT = Path(__file__).parents[1]
 BGTASKS = [sys.executable, '-c', 'from bgtasks.cli import main; main()']
@@ -253,3 +259,36 @@ def test_the_page_in_a_browser(browser, tmp_path, signs):
         demo.end(signal.SIGTERM)
         find('form[action="/calls"] button')[0].click()
         assert soon(lambda: 'doesn’t answer' in text('#offline'))
+
+@needs_browser
+@pytest.mark.parametrize('version', ['htmx-2', 'htmx-4'])
+def test_the_page_with_the_real_htmx(browser, tmp_path, signs, version, monkeypatch):
+    "In the place of demo.js: its attributes are what HTMX understands by them"
+    file = next((o for o in htmx_files() if o.name.startswith(version)), None)
+    if not file: pytest.skip(f'needs {version}, as django-htmx 1.29 ships it (the extra `dev`)')
+    monkeypatch.setenv('BGTASKS_DEMO_SECRET', new_secret())
+    find = lambda css: browser.find_elements('css selector', css)
+    text = lambda css: ' '.join(o.text for o in find(css))
+    def press(action): # though a note may lie over it
+        browser.execute_script('arguments[0].click()', *find(f'form[action="{action}"] button'))
+    data = str(tmp_path/'demo.db')
+    with (Server('bgtasks.demo_app:slow_service', seconds=.1) as slow,
+          Server('bgtasks.catcher:catcher', path=f'{data}.caught') as partner):
+        app = dashboard(data, slow.url, pace=0, partner=partner.url)
+        app.routes.insert(0, Route('/demo.js', lambda request: FileResponse(file)))
+        with serving(app) as client:
+            browser.get(str(client.base_url))
+            assert soon(lambda: browser.execute_script('return !!window.htmx')) and text('#told')=='Nobody yet.'
+            press('/calls')
+            assert soon(lambda: len(find('#call_service [data-state=succeeded]'))==1)
+            (void := tmp_path/'void.csv').write_bytes(b'')
+            find('#file')[0].send_keys(str(void))
+            press('/uploads')
+            assert soon(lambda: text('#refused')=='void.csv is empty.') and not find('#process_upload job-status')
+            find('#file')[0].send_keys(str(signs))
+            press('/uploads')
+            assert soon(lambda: find('#process_upload [data-state=succeeded]'))
+            assert '368 / 368' in text('#process_upload')
+            assert soon(lambda: len(find('#told [data-state=succeeded] details'))==2)
+            assert text('#refused')=='' and not find('#file')[0].get_property('value')
+            assert not [o for o in browser.get_log('browser') if 'Content Security' in o['message']]
