@@ -25,6 +25,7 @@ from dramatiq import broker as broker_module
 from dramatiq.common import dq_name
 from dramatiq.errors import BrokerError
 from fastcore.basics import patch
+from msgspec.json import encode
 
 from ..engine import Engine, other_queue, work
 from ..errors import BackendUnavailable, BadOption, Unsupported
@@ -145,6 +146,7 @@ class DramatiqBackend(Engine):
         self.ack_timeout,self.wait = seconds(ack_timeout, 'ack_timeout'),wait
         super().__init__(_records(self.broker, records, wait))
         self.on_redis,self.line,self._ack = _is(self.broker, 'RedisBroker'),None,None
+        self._patterns = {}
         self._prepare()
         self.supports_priority,self.supports_all_or_none = bool(getattr(self.broker, 'max_priority', 0)),self.on_redis
         self.instead = dict(self.instead, **_instead)
@@ -247,13 +249,6 @@ def reached(self:DramatiqBackend, sent:Sequence[str]=()) -> None:
 def _post(self:DramatiqBackend, m, wait): self.sender.enqueue(_envelope(m), delay=ceil(wait*1000) if wait > 0 else None)
 
 @patch
-def commands(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> list[tuple]:
-    "What sends messages, for Redis."
-    self._caught.here.commands = res = []
-    for m,wait in parcels: self._post(m, wait)
-    return res
-
-@patch
 def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
     "Give messages to the broker."
     if self.on_redis: return self.go(self.commands(parcels))
@@ -262,3 +257,32 @@ def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
         for m,wait in parcels:
             self._post(m, wait)
             sent.append(m.id)
+
+# %% ../../nbs/api/54_dramatiq.ipynb #dadf53de
+@patch
+def _catch(self:DramatiqBackend, m, wait) -> tuple:
+    self._caught.here.commands = res = []
+    self._post(m, wait)
+    return res[0]
+
+def _listens(middleware):
+    return any(getattr(type(middleware), f) is not getattr(Middleware, f) for f in ('before_enqueue', 'after_enqueue'))
+
+@patch
+def _written(self:DramatiqBackend, m, wait) -> tuple:
+    "The command for Redis that sends a message."
+    at = m.task,m.queue,len(self.broker.middleware)
+    if wait > 0 or (pattern := self._patterns.get(at)) is None:
+        res = self._catch(m, wait)
+        if wait <= 0 and not any(map(_listens, self.broker.middleware)): self._patterns[at] = res,json.loads(res[-1])
+        return res
+    (*head,_,_),data = pattern
+    now,id = int(time.time()*1000),token_hex(16)
+    head[5] = now # after EVALSHA, the script, one key and the name of what it is to do
+    more = dict(args=(write_message(m),), message_id=m.id, message_timestamp=now)
+    return *head,id,encode(data | more | dict(options=data['options'] | dict(redis_message_id=id)))
+
+@patch
+def commands(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> list[tuple]:
+    "What sends messages, for Redis."
+    return [self._written(m, wait) for m,wait in parcels]

@@ -154,8 +154,9 @@ class Process:
     def ready(self, text, seconds=60):
         "Wait until it has said `text`"
         def look():
-            assert self.popen.poll() is None, f'the worker has ended:\n{self.said()}'
-            return text in self.said()
+            ended = self.popen.poll() is not None # asked first: what it said before its end is complete then
+            if text in self.said(): return True
+            assert not ended, f'the worker has ended:\n{self.said()}'
         until(look, seconds)
         return self
 
