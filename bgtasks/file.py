@@ -91,6 +91,7 @@ class SharedFile:
         self.path = ':memory:' if self.memory else os.path.realpath(path) # so for all names of it
         self.sync,self.timeout,self.setup = sync,timeout,setup
         self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
+        self.after = []   # a verb adds what is to be called when its transaction is over, with whether it was committed
         if not self.memory and (lib := apsw.sqlite_lib_version()) and tuple(map(int, lib.split('.'))) < (3, 51, 3):
             raise StoreError(f'SQLite {lib} can corrupt a file that several connections write to (its WAL-reset bug, '
                              'fixed in 3.51.3). Upgrade apsw: pip install -U apsw')
@@ -144,11 +145,17 @@ class SharedFile:
                 self.news = False
                 with suppress(apsw.Error):
                     if cx.in_transaction: cx.execute('ROLLBACK')
+                self._over(False)
                 if isinstance(e, apsw.Error): raise _trouble(self.path, e) from e
                 raise
             news,self.news = self.news,False
+            self._over(True)
             if news or self._signals: self._tell(news)
         return out
+
+    def _over(self, committed):
+        calls,self.after = self.after,[]
+        for call in calls: call(committed)
 
     def _free(self):
         "Give the writing connection, unless this thread is in the midst of a transaction already."

@@ -17,13 +17,13 @@ from msgspec import json, structs
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
-from .lanes import Lanes
+from .lanes import Lanes, Orders
 from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, note_all, text
 from .retry import after_crash
 from .schema import up_to_date
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
-    cancel_jobs, claimed, corrupt, due, due_lanes, end_attempts, ends, forget, held, insert_sql, job_sql, keep_notices,
-    keep_progress, prolong, queue_again, readable, states, to_tell)
+    cancel_jobs, claimed, corrupt, due, due_lanes, end_attempts, ends, first_due, forget, held, insert_sql, job_sql,
+    keep_notices, keep_progress, prolong, queue_again, readable, states, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -39,7 +39,8 @@ class SQLiteStore:
         if durability not in ('power', 'process'):
             raise BadOption(f"SQLiteStore(durability={durability!r}): durability must be 'power' or 'process'")
         self.durability,self.clock,self.ticks = durability,clock,ticks or (time.monotonic if boot_id() else clock)
-        self.lanes,self.looked = Lanes(),0 # lanes, as far as this process knows; how far `mend` has come
+        self.lanes,self.orders = Lanes(),Orders() # as far as this process knows; of its workers that have nothing to do
+        self.looked = 0 # how far `mend` has come
         self.file = SharedFile(path, durability=='power', timeout, lambda cx: up_to_date(cx, boot_id()))
 
     @property
@@ -99,9 +100,17 @@ def _tell(self:SQLiteStore, cx, seqs):
     if calls := to_tell(cx, seqs): self._add(cx, calls)
 
 @patch
+def _add_and_serve(self:SQLiteStore, cx, calls):
+    jobs = self._add(cx, calls)
+    if not self.orders.open: return jobs
+    served = self.orders.serve(cx, {c.task for c in calls}, self._claim, self.file.after)
+    if served and served.issuperset(j.seq for j in jobs): self.file.news = False
+    return jobs
+
+@patch
 def add(self:SQLiteStore, calls:Sequence[Call]) -> list[Job]:
     "Record `calls` in one commit, all or none; they are on the disk when this returns."
-    return self._write(self._add, calls) if calls else []
+    return self._write(self._add_and_serve, calls) if calls else []
 
 # %% ../nbs/api/21_sqlite.ipynb #8b0d97dd
 @patch
@@ -144,18 +153,12 @@ def waiting(self:SQLiteStore) -> dict[str, int]:
     return out
 
 # %% ../nbs/api/21_sqlite.ipynb #accccbb9
-_any_due = 'SELECT 1 FROM json_each(?) l WHERE EXISTS(SELECT 1 FROM jobs WHERE st=1 AND lane=l.value) LIMIT 1'
-_first_later = """SELECT min((SELECT run_at FROM jobs WHERE st=0 AND lane=l.value AND run_at<9e999
-ORDER BY run_at LIMIT 1)) FROM json_each(?) l"""
-
 @patch
 def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
     "Seconds from now until `claim` may give something."
     with self.file.reader() as cx:
-        lanes = json_list(Lanes().open(cx, tasks, queues)) # read anew: those of this store belong to the writer
-        if cx.execute(_any_due, (lanes,)).fetchall(): return 0.0
-        first = cx.execute(_first_later, (lanes,)).fetchall()[0][0]
-    return None if first is None else first - self.clock()
+        first = first_due(cx, Lanes().open(cx, tasks, queues)) # read anew: those of this store belong to the writer
+    return None if first is None else 0.0 if first==0 else first - self.clock()
 
 @patch
 def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
@@ -183,6 +186,13 @@ def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection
         lease:float=30.0) -> list[Job]:
     "Take due jobs for a worker."
     return self._write(self._claim, worker, tasks, queues, limit, lease)
+
+# %% ../nbs/api/21_sqlite.ipynb #d4842bc5
+@patch
+def stand_by(self:SQLiteStore, worker:str, wants:Sequence[tuple[Collection[str], int]]=(),
+             queues:Collection[str]|None=None, *, lease:float=30.0, give:Callable|None=None):
+    "Claim for this worker with the next `add` that brings it something; with no `wants`, no longer."
+    self.orders.place(worker, wants, queues, lease, give)
 
 # %% ../nbs/api/21_sqlite.ipynb #cf43e789
 class _Late(Exception): "Some attempt has ended already, or was taken over."
@@ -246,9 +256,14 @@ def join(self:SQLiteStore, worker:str):
 @patch
 def leave(self:SQLiteStore, worker:str):
     "Say that this worker has ended in order; what it still holds is queued again at once."
-    rows = self.file.read('SELECT seq,attempt FROM jobs WHERE st=2 AND worker=?', (worker,))
-    self.finish([Done(seq=s, attempt=a, state=State.queued, counts=False) for s,a in rows])
+    self.stand_by(worker)
+    self._write(self._leave, worker)
     self.file.unlock(worker)
+
+@patch
+def _leave(self:SQLiteStore, cx, worker):
+    rows = cx.execute('SELECT seq,attempt FROM jobs WHERE st=2 AND worker=?', (worker,)).fetchall()
+    self._finish(cx, [Done(seq=s, attempt=a, state=State.queued, counts=False) for s,a in rows])
 
 # %% ../nbs/api/21_sqlite.ipynb #231d7ab0
 _running = """SELECT ifnull(worker,'?'), ifnull(CAST(until AS REAL),0), id, seq, CAST(attempt AS INTEGER),

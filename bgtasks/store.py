@@ -6,7 +6,7 @@
 __all__ = ['features', 'Store', 'supports', 'Backend', 'claimable']
 
 # %% ../nbs/api/13_store.ipynb #a104f8b5
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 from .errors import BadOption, Unsupported
@@ -29,6 +29,12 @@ class Store(Protocol):
         priority first, then in order of recording. A paused queue gives none. Each has its `attempt` raised by
         one, state `running`, this `worker`. A record that can't be read becomes `dead` with the reason and is not
         given out."""
+    def stand_by(self, worker:str, wants:Sequence[tuple[Collection[str], int]]=(),
+                 queues:Collection[str]|None=None, *, lease:float=30.0, give:Callable|None=None) -> None:
+        """From now on `claim` for `worker` each of `wants` (tasks, limit), with the next `add` of this process that
+        brings some of it, in the same commit; then call `give` with the jobs of each, once, in any thread. Without
+        `wants`: no longer. A worker that stands by goes on looking, so a store need not do this: jobs start later."""
+
     def renew(self, worker:str, jobs:Iterable[tuple[int, int]], lease:float=30.0) -> list[tuple[int, int]]:
         """Prolong the leases of these (seq, attempt) pairs; give those that this worker no longer holds (cancelled,
         taken, gone)."""

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'job_sql', 'insert_sql',
-           'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job', 'held', 'due_lanes', 'due', 'claimed', 'prolong',
-           'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'queue_again', 'end_attempts', 'keep_notices',
-           'to_tell', 'forget']
+           'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job', 'held', 'due_lanes', 'due', 'first_due', 'claimed',
+           'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'queue_again', 'end_attempts',
+           'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Callable, Iterable, Sequence
@@ -139,6 +139,19 @@ def due(
 ) -> list[list[int]]: # Each the priority with its sign turned, and the seq; so they sort as they are to run
     "Tell which jobs are due in a lane; the index alone knows."
     return json.decode(cx.execute(_due, (lane, limit)).fetchall()[0][0])
+
+# %% ../nbs/api/14_tables.ipynb #a358c0d9
+_any_due = 'SELECT 1 FROM json_each(?) l WHERE EXISTS(SELECT 1 FROM jobs WHERE st=1 AND lane=l.value) LIMIT 1'
+_first_later = """SELECT min((SELECT run_at FROM jobs WHERE st=0 AND lane=l.value AND run_at<9e999
+ORDER BY run_at LIMIT 1)) FROM json_each(?) l"""
+
+def first_due(
+    cx:Any,              # A connection
+    lanes:Sequence[int]  # Lanes to look at
+) -> float|None: # Seconds since 1970, 0 if there is one already, `None` if there will be none
+    "Tell when the first job in these lanes is due."
+    numbers = (json_list(lanes),)
+    return 0.0 if cx.execute(_any_due, numbers).fetchall() else cx.execute(_first_later, numbers).fetchall()[0][0]
 
 # %% ../nbs/api/14_tables.ipynb #48d65850
 _large = 20_000 # bytes; in place of such a payload stands a blob, which JSON can't hold

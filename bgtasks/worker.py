@@ -24,32 +24,11 @@ from .report import Reports, keep_logs
 from .run import _limits, set_limits
 from .signals import on_signals
 from .threads import Threads, from_threads
-from .turn import Lane, Turn
-
-# %% ../nbs/api/40_worker.ipynb #5f5de678
-_log = logging.getLogger('bgtasks')
-
-class _Attempt:
-    "One claimed job while it runs."
-    __slots__ = 'job', 'task', 'lane', 'key', 'since', 'stopped', 'future'
-    def __init__(self, job, task, lane):
-        self.job,self.task,self.lane,self.key = job,task,lane,(job.seq, job.attempt)
-        self.since,self.stopped = monotonic(),None
+from .turn import Lane, Running, Turn, check_numbers, queue_names
 
 # %% ../nbs/api/40_worker.ipynb #12e06ed5
-def _check(kinds, **options):
-    what = 'a whole number' if kinds is int else 'a number'
-    for k,(v,low) in options.items():
-        if isinstance(v, bool) or not isinstance(v, kinds) or not v >= low:
-            raise BadOption(f'Worker({k}={v!r}): must be {what}, {low} or more')
+_log = logging.getLogger('bgtasks')
 
-def _names(queues):
-    if isinstance(queues, str): raise BadOption(f'Worker(queues={queues!r}): give a list of names: [{queues!r}]')
-    names = queues if queues is None else tuple(queues)
-    if names is None or names and all(isinstance(q, str) for q in names): return names
-    raise BadOption(f'Worker(queues={queues!r}): give the names of one or more queues, or None for all')
-
-# %% ../nbs/api/40_worker.ipynb #42de286f
 class Worker:
     "Run the jobs of `queue`, `async with` it beside other work or by `run` alone."
     def __init__(self,
@@ -64,13 +43,12 @@ class Worker:
         max_crashes:int=3,                 # A job that has taken its worker down more often than this is dead
         name:str|None=None                 # Different from all others; made up if missing
     ):
-        _check(int, concurrency=(concurrency, 1), threads=(threads, 1), max_crashes=(max_crashes, 0))
-        _check((int, float), lease=(lease, .5), grace=(grace, 0))
+        check_numbers(int, concurrency=(concurrency, 1), threads=(threads, 1), max_crashes=(max_crashes, 0))
+        check_numbers((int, float), lease=(lease, .5), grace=(grace, 0))
         if name is not None and not isinstance(name, str): raise BadOption(f'Worker(name={name!r}): give a text')
-        if processes is not None: _check(int, processes=(processes, 1))
-        if processes is not None: set_limits(processes=processes)
-        self.queue,self.queues,self.lease,self.grace,self.max_crashes = queue,_names(queues),lease,grace,max_crashes
-        self.limits = {None:concurrency, 'thread':threads, 'process':_limits['processes']}
+        if processes is not None: check_numbers(int, processes=(processes, 1)); set_limits(processes=processes)
+        self.queue,self.queues,self.lease,self.grace = queue,queue_names(queues),lease,grace
+        self.max_crashes,self.limits = max_crashes,{None:concurrency, 'thread':threads, 'process':_limits['processes']}
         self.name,self._given,self._pump_task,self._periodic = name,name,None,Periodic(queue)
 
     def __repr__(self): return f'Worker({self.name or "not started"})'
@@ -92,11 +70,10 @@ def _reset(self:Worker):
     self._reports = Reports(from_threads(self._loop, self._reported))
     self._stir,self._told,self._empty = asyncio.Event(),asyncio.Event(),asyncio.Event()
     self._stopping,self._closed,self._trouble,self._turn = False,False,0,None
-    self._sign,self._seen = False,False # has somebody brought work, or cancelled some?
+    self._sign = self._seen = self._reporting = False # has somebody brought work, cancelled some, reported?
     self._ask_at = self._asked_at = self._turned_at = self._watched_at = self._report_at = self._not_before = 0.0
     now = monotonic()
     self._chores_at,self._prune_at,self._renew_at,self._gap = now+1,now+5,now+self.lease/3,0.0
-    self._reporting = False
 
 # %% ../nbs/api/40_worker.ipynb #cbf96f3e
 @patch
@@ -105,7 +82,7 @@ def _fill(self:Worker, lane):
     while lane.ready and lane.running < lane.limit and not self._stopping:
         job = lane.ready.popleft()
         if (task := self.queue.tasks.get(job.task)) is None: self._give_back(job)
-        else: self._start(_Attempt(job, task, lane))
+        else: self._start(Running(job, task, lane))
 
 @patch
 def _start(self:Worker, a):
@@ -204,10 +181,7 @@ def _digest(self:Worker, turn):
     for d in turn.late: _log.warning('Job no. %d: attempt %d came too late, its result is dropped', d.seq, d.attempt)
     for key in turn.lost: self._stop_attempt(tuple(key), 'lost')
     for j in turn.swept: _log.warning('Job %s (%s) has lost its worker %s; it is %s', j.id, j.task, j.worker, j.state)
-    for lane,jobs in turn.jobs:
-        lane.ready.extend(jobs)
-        if jobs: lane.moved = now
-        self._fill(lane)
+    self._take_in(turn.jobs, now)
     for lane in self._lanes.values(): lane.measure(max(now-self._turned_at, 1e-4))
     self._turned_at = now
     if turn.prune: self._prune_at = now + (.5 if turn.pruned else 10)
@@ -215,6 +189,13 @@ def _digest(self:Worker, turn):
     else: self._trouble = 0
     if turn.swept: self._ask_at = 0
     elif turn.wants and not turn.error: self._plan(turn, now)
+
+@patch
+def _take_in(self:Worker, jobs, now):
+    for lane,some in jobs:
+        lane.ready.extend(some)
+        if some: lane.moved = now
+        self._fill(lane)
 
 @patch
 def _bear(self:Worker, turn, now):
@@ -244,6 +225,24 @@ def _added(self:Worker):
     self._stir.set()
 
 @patch
+def _stand_by(self:Worker):
+    "While there is nothing to do, have the next job claimed by the very commit that records it."
+    busy = self._running or self._done or self._stopping or any(l.ready for l in self._lanes.values())
+    lanes = [] if busy else [l for l in self._lanes.values() if l.wants()]
+    wants = [(l.names, l.wants()) for l in lanes]
+    def give(jobs):
+        with suppress(RuntimeError): # the loop has ended: then the store takes them back when the worker leaves
+            self._loop.call_soon_threadsafe(self._handed, lanes, wants, jobs)
+    self.queue.store.stand_by(self.name, wants, self.queues, lease=self.lease, give=give)
+
+@patch
+def _handed(self:Worker, lanes, wants, jobs):
+    self._sort_tasks()
+    for lane,(names,_),some in zip(lanes, wants, jobs):
+        if lane.names is names and not self._stopping: self._take_in([(lane, some)], monotonic())
+        else: [self._give_back(job) for job in some] # tasks have been declared anew, and may run elsewhere now
+
+@patch
 def _heard(self:Worker):
     "Some process has recorded, released or cancelled a job."
     with suppress(BlockingIOError): os.read(self._fd, 1<<16)
@@ -252,8 +251,7 @@ def _heard(self:Worker):
 
 @patch
 def _reported(self:Worker):
-    self._reporting = True
-    self._stir.set()
+    self._reporting = True; self._stir.set()
 
 @patch
 def _rest_time(self:Worker, now) -> float:
@@ -272,10 +270,12 @@ def _rest_time(self:Worker, now) -> float:
 async def _rest(self:Worker):
     "Wait until there is something to do."
     while not self._closed and (wait := self._rest_time(monotonic())) > 0:
+        self._stand_by()
         self._stir.clear()
         timer = self._loop.call_later(wait, self._stir.set)
         await self._stir.wait()
         timer.cancel()
+    self.queue.store.stand_by(self.name)
 
 # %% ../nbs/api/40_worker.ipynb #7af55438
 @patch
@@ -326,8 +326,8 @@ async def start(self:Worker):
     self._digest(await self.queue.do(first.take, self.queue.store))
     await self.queue.do(self.queue.store.join, self.name)
     self._wake = from_threads(self._loop, self._added)
-    self.queue.wakers.add(self._wake)
     self._listen()
+    if self._fd is None: self.queue.wakers.add(self._wake) # a bell tells of this process, too
     know_deliveries(self.queue)
     self._sort_tasks()
     self._pump_task = self._loop.create_task(self._pump())
