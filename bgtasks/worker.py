@@ -212,11 +212,11 @@ def _bear(self:Worker, turn, now):
 def _plan(self:Worker, turn, now):
     "Tell when to ask the store for jobs again."
     if not turn.look: self._ask_at = min(self._ask_at, now+.005); return
-    self._asked_at = now
-    got,due = any(jobs for _,jobs in turn.jobs),1 if turn.due is None else turn.due
+    self._asked_at,got,due = now,any(jobs for _,jobs in turn.jobs),1 if turn.due is None else turn.due
     if not (got or self._running or self._done or self._sign or due <= 0): self._empty.set()
     self._gap = 0 if got else min(max(2*self._gap, .0005), .01)
-    self._ask_at = now + (self._gap if self._sign else .005 if got else min(max(due, self._gap), 1))
+    wait = self._gap if self._sign else .005 if got else min(max(due, self._gap), 1)
+    self._ask_at = 0 if self._done and not self._running else now+wait # 0: look when these verdicts are written
 
 @patch
 def _added(self:Worker):
