@@ -112,7 +112,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('names', nargs='*', metavar='ENGINE', help=', '.join(ENGINES))
     parser.add_argument('--n', type=int, default=100, help='jobs in one round')
-    parser.add_argument('--rounds', type=int, default=31)
+    parser.add_argument('--rounds', type=int, default=41)
     args = parser.parse_args()
     if client().dbsize(): raise SystemExit('the database of BENCH_REDIS is in use; this wants an empty one')
     print('| engine | what | bgtasks | directly | ratio | middle half |\n|---|---|---|---|---|---|')
