@@ -14,6 +14,7 @@ from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from starlette.background import BackgroundTask as StarletteTask
 
 from .codec import Codec
@@ -143,9 +144,9 @@ class Task:
         self.timeout,self.runner,self.backoff,self.key,self.notify = o.timeout,o.runner,o.backoff,o.key,o.notify
         self.retry_on,self.dont_retry,self.missed = o.retry_on,o.dont_retry,o.missed
         self.cron,self.every,self.schedule = o.cron,o.every,when(o.cron, o.every, o.tz)
-        self._fixed = dict(task=self.name, queue=o.queue, priority=o.priority, retries=o.retries, timeout=o.timeout,
-                           keep=o.keep, after=self._after, run_at=self._run_at, key=None if callable(o.key) else o.key,
-                           notify=o.notify)
+        self._like = Call(id='', task=self.name, payload=b'', queue=o.queue, priority=o.priority, retries=o.retries,
+                          timeout=o.timeout, keep=o.keep, after=self._after, run_at=self._run_at, notify=o.notify,
+                          key=None if callable(o.key) else o.key) # copied for each call, which is quicker
         self._varies = callable(o.key) or self._delay is not None
 
     def __call__(self, *args, **kwargs): return self.func(*args, **kwargs)
@@ -185,8 +186,8 @@ class Task:
         id:str|None=None             # Of the job
     ) -> Call: # What a store records
         "Check a call of the task and write it down."
-        payload,fixed = self.codec.encode(args, kwargs),self._fixed
-        return Call(id=id or new_id(), payload=payload, **(fixed | self._own(args, kwargs) if self._varies else fixed))
+        payload,own = self.codec.encode(args, kwargs),self._own(args, kwargs) if self._varies else {}
+        return structs.replace(self._like, id=id or new_id(), payload=payload, **own)
 
     def _own(self, args, kwargs) -> dict:
         "What differs from call to call."
