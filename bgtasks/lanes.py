@@ -7,9 +7,11 @@ __all__ = ['Lanes', 'Orders']
 
 # %% ../nbs/api/14_lanes.ipynb #b6289970
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from functools import partial
+from heapq import nsmallest
 from typing import Any
+
+from .job import Job
 
 # %% ../nbs/api/14_lanes.ipynb #31f78d8f
 class Lanes:
@@ -55,6 +57,8 @@ class Lanes:
         self.version = None
 
 # %% ../nbs/api/14_lanes.ipynb #199ce4ad
+def _rank(job): return -job.priority, job.seq
+
 class Orders:
     "What workers of this process would take, that have nothing to do."
     def __init__(self): self.open = {}
@@ -69,25 +73,26 @@ class Orders:
         give:Callable|None=None                         # Called, once, with the jobs of each of `wants`
     ):
         "Leave an order, in place of the last one."
-        if wants: self.open[worker] = wants,queues,lease,give
+        if wants: self.open[worker] = [(frozenset(o), n) for o,n in wants],queues,lease,give
         else: self.open.pop(worker, None)
 
     def serve(self,
-        cx:Any,             # A connection in a transaction
-        tasks:set[str],     # Of the jobs that have just been added
-        claim:Callable,     # `claim(cx, worker, tasks, queues, limit, lease)`
-        after:list          # For what is to be called when the transaction is over, with whether it was committed
+        jobs:Sequence[Job],     # That have just been added, or were there for their key
+        paused:Collection[str], # Queues from which nothing is claimed
+        claim:Callable,         # `claim(worker, jobs, lease)`: claims those that are due, and gives them
+        after:list              # For what is to be called when the transaction is over, with whether it was committed
     ) -> set[int]: # The seq of all jobs that were claimed
-        "Claim for those who would take such jobs."
+        "Claim for those who would take such jobs, the highest priority first."
         served = set()
         for worker,order in list(self.open.items()):
             wants,queues,lease,_ = order
-            with suppress(Exception), cx: # what can't be claimed keeps nobody from adding; the worker will meet it
-                jobs = [[] if tasks.isdisjoint(o) else claim(cx, worker, o, queues, n, lease) for o,n in wants]
-                if not any(jobs): continue
-                self.open.pop(worker, None)
-                after.append(partial(self._over, worker, order, jobs))
-                served.update(j.seq for o in jobs for j in o)
+            fit = [j for j in jobs if j.seq not in served and j.queue not in paused
+                   and (queues is None or j.queue in queues)]
+            got = [claim(worker, nsmallest(n, [j for j in fit if j.task in o], _rank), lease) for o,n in wants]
+            if not any(got): continue
+            self.open.pop(worker, None)
+            after.append(partial(self._over, worker, order, got))
+            served.update(j.seq for o in got for j in o)
         return served
 
     def _over(self, worker, order, jobs, committed):

@@ -18,12 +18,12 @@ from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
 from .lanes import Lanes, Orders
-from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, note_all, text
+from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, text
 from .retry import after_crash
 from .schema import up_to_date
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
-    cancel_jobs, claimed, corrupt, due, due_lanes, end_attempts, ends, first_due, forget, held, insert_sql, job_sql,
-    keep_notices, keep_progress, prolong, queue_again, readable, states, to_tell)
+    cancel_jobs, claim_all, claim_new, claimed, corrupt, due, due_lanes, end_attempts, ends, first_due, forget, held,
+    insert_sql, job_sql, keep_notices, keep_progress, prolong, queue_again, readable, states, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -103,7 +103,8 @@ def _tell(self:SQLiteStore, cx, seqs):
 def _add_and_serve(self:SQLiteStore, cx, calls):
     jobs = self._add(cx, calls)
     if not self.orders.open: return jobs
-    served = self.orders.serve(cx, {c.task for c in calls}, self._claim, self.file.after)
+    claim = lambda worker, jobs, lease: claim_new(cx, jobs, worker, self.clock(), self.ticks()+lease)
+    served = self.orders.serve(jobs, self.lanes.paused, claim, self.file.after)
     if served and served.issuperset(j.seq for j in jobs): self.file.news = False
     return jobs
 
@@ -166,9 +167,7 @@ def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     found = [due(cx, lane, limit) for lane in due_lanes(cx, lanes, limit, now)]
     seqs = [seq for _,seq in (found[0] if len(found)==1 else sorted(chain(*found))[:limit])]
     if not seqs: return []
-    sql = 'UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq ' + json_in
-    cx.execute(sql, (worker, now, self.ticks()+lease, json_list(seqs)))
-    note_all(cx, 'running', seqs, now)
+    claim_all(cx, seqs, worker, now, self.ticks()+lease)
     jobs,broken = claimed(cx, seqs, fetch)
     if broken: self._bury(cx, broken)
     return jobs

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'job_sql', 'insert_sql',
-           'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job', 'held', 'due_lanes', 'due', 'first_due', 'claimed',
-           'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents', 'queue_again', 'end_attempts',
-           'keep_notices', 'to_tell', 'forget']
+           'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job', 'held', 'due_lanes', 'due', 'first_due',
+           'claim_all', 'claim_new', 'claimed', 'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents',
+           'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from msgspec import json
+from msgspec import json, structs
 
 from .job import Call, Done, Failure, Job, Notice, Progress, State, deliveries
-from .log import json_in, json_list, last_number, note, text
+from .log import json_in, json_list, last_number, note, note_all, text
 
 # %% ../nbs/api/14_tables.ipynb #b46a9617
 LATER,DUE,RUNNING,BLOCKED,SUCCEEDED,DEAD,CANCELLED = range(7)
@@ -152,6 +152,36 @@ def first_due(
     "Tell when the first job in these lanes is due."
     numbers = (json_list(lanes),)
     return 0.0 if cx.execute(_any_due, numbers).fetchall() else cx.execute(_first_later, numbers).fetchall()[0][0]
+
+# %% ../nbs/api/14_tables.ipynb #d3793f6c
+_claim = f'UPDATE jobs SET st=2, attempt=attempt+1, worker=?, started_at=?, until=?, progress=NULL WHERE seq {json_in}'
+
+def claim_all(
+    cx:Any,             # A connection in a transaction
+    seqs:Sequence[int], # Jobs that are due
+    worker:str,         # Who gets them
+    now:float,          # Seconds since 1970
+    until:float         # End of the leases, in the seconds that they are counted in
+):
+    "Claim jobs."
+    cx.execute(_claim, (worker, now, until, json_list(seqs)))
+    note_all(cx, 'running', seqs, now)
+
+def claim_new(
+    cx:Any,             # A connection in a transaction
+    jobs:Sequence[Job], # As just recorded
+    worker:str,         # Who would have them
+    now:float,          # Seconds since 1970
+    until:float         # End of the leases, in the seconds that they are counted in
+) -> list[Job]: # Those that were due, as they are now
+    "Claim jobs of the same transaction."
+    if not jobs: return []
+    rows = cx.execute(_claim + ' AND st=1 RETURNING seq', (worker, now, until, json_list(j.seq for j in jobs)))
+    taken = {s for s, in rows.fetchall()}
+    jobs = [structs.replace(j, state=State.running, attempt=j.attempt+1, worker=worker, started_at=now)
+            for j in jobs if j.seq in taken]
+    note_all(cx, 'running', [j.seq for j in jobs], now)
+    return jobs
 
 # %% ../nbs/api/14_tables.ipynb #48d65850
 _large = 20_000 # bytes; in place of such a payload stands a blob, which JSON can't hold
