@@ -6,7 +6,7 @@
 __all__ = ['fetch', 'SharedFile', 'boot_id']
 
 # %% ../nbs/api/15_file.ipynb #6034b824
-import ctypes, os, random, socket, sys, threading, time
+import ctypes, logging, os, random, socket, sys, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +32,7 @@ _hints = {apsw.ConnectionClosedError: 'it has been closed; open it again to go o
           apsw.IOError: 'reading or writing failed; look at the disk',
           apsw.CorruptError: 'it is damaged; restore a backup, or try the .recover command of the sqlite3 shell'}
 
+_log = logging.getLogger('bgtasks')
 _passing = apsw.BusyError,apsw.LockedError,apsw.FullError,apsw.IOError,apsw.ReadOnlyError,apsw.CantOpenError
 
 def _trouble(path, e) -> StoreError:
@@ -90,8 +91,6 @@ class SharedFile:
         self.memory = str(path)==':memory:'
         self.path = ':memory:' if self.memory else os.path.realpath(path) # so for all names of it
         self.sync,self.timeout,self.setup = sync,timeout,setup
-        self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
-        self.after = []   # a verb adds what is to be called when its transaction is over, with whether it was committed
         if not self.memory and (lib := apsw.sqlite_lib_version()) and tuple(map(int, lib.split('.'))) < (3, 51, 3):
             raise StoreError(f'SQLite {lib} can corrupt a file that several connections write to (its WAL-reset bug, '
                              'fixed in 3.51.3). Upgrade apsw: pip install -U apsw')
@@ -102,6 +101,8 @@ class SharedFile:
 
     def _open(self):
         self._pid,self._locks,self._signals,self._bell = os.getpid(),{},{},None
+        self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
+        self.after = []   # a verb adds what is to be called when its transaction is over, with whether it was committed
         self._lock,self._rlock = threading.RLock(),threading.RLock()
         try:
             if not self.memory: _make_private(self.path)
@@ -155,7 +156,9 @@ class SharedFile:
 
     def _over(self, committed):
         calls,self.after = self.after,[]
-        for call in calls: call(committed)
+        for call in calls:
+            try: call(committed)
+            except Exception: _log.exception('%s: a fault of bgtasks itself, after a commit', self.path)
 
     def _free(self):
         "Give the writing connection, unless this thread is in the midst of a transaction already."

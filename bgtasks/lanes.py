@@ -61,7 +61,7 @@ def _rank(job): return -job.priority, job.seq
 
 class Orders:
     "What workers of this process would take, that have nothing to do."
-    def __init__(self): self.open = {}
+    def __init__(self): self.open,self.given = {},{} # by worker; and the jobs that are on their way to it
 
     def __repr__(self): return f'Orders({list(self.open)})'
 
@@ -73,11 +73,12 @@ class Orders:
         give:Callable|None=None                         # Called, once, with the jobs of each of `wants`
     ):
         "Leave an order, in place of the last one."
+        self.given.pop(worker, None)
         if wants: self.open[worker] = [(frozenset(o), n) for o,n in wants],queues,lease,give
         else: self.open.pop(worker, None)
 
     def serve(self,
-        jobs:Sequence[Job],     # That have just been added, or were there for their key
+        jobs:Sequence[Job],     # That have just been added
         paused:Collection[str], # Queues from which nothing is claimed
         claim:Callable,         # `claim(worker, jobs, lease)`: claims those that are due, and gives them
         after:list              # For what is to be called when the transaction is over, with whether it was committed
@@ -96,5 +97,13 @@ class Orders:
         return served
 
     def _over(self, worker, order, jobs, committed):
-        if committed: order[-1](jobs)
-        else: self.open.setdefault(worker, order)
+        if not committed: self.open.setdefault(worker, order); return
+        self.given[worker] = jobs
+        order[-1](jobs)
+
+    def withdraw(self,
+        id:str # Of a job that has been cancelled
+    ):
+        "Take a job back that is on its way to a worker; then it never starts."
+        for jobs in tuple(self.given.values()):
+            for o in jobs: o[:] = [j for j in o if j.id != id]

@@ -39,9 +39,12 @@ class SQLiteStore:
         if durability not in ('power', 'process'):
             raise BadOption(f"SQLiteStore(durability={durability!r}): durability must be 'power' or 'process'")
         self.durability,self.clock,self.ticks = durability,clock,ticks or (time.monotonic if boot_id() else clock)
-        self.lanes,self.orders = Lanes(),Orders() # as far as this process knows; of its workers that have nothing to do
         self.looked = 0 # how far `mend` has come
-        self.file = SharedFile(path, durability=='power', timeout, lambda cx: up_to_date(cx, boot_id()))
+        self.file = SharedFile(path, durability=='power', timeout, self._set_up)
+
+    def _set_up(self, cx):
+        up_to_date(cx, boot_id())
+        self.lanes,self.orders = Lanes(),Orders() # what this process knows; what its own workers want, not a parent's
 
     @property
     def path(self) -> str:
@@ -60,9 +63,7 @@ class SQLiteStore:
 
     def _write(self, verb, *args):
         try: return self.file.write(verb, *args)
-        except BaseException:
-            self.lanes.forget() # one may have been undone
-            raise
+        except BaseException: self.lanes.forget(); raise # one may have been undone
 
 # %% ../nbs/api/21_sqlite.ipynb #c4ae7b15
 @patch
@@ -104,7 +105,8 @@ def _add_and_serve(self:SQLiteStore, cx, calls):
     jobs = self._add(cx, calls)
     if not self.orders.open: return jobs
     claim = lambda worker, jobs, lease: claim_new(cx, jobs, worker, self.clock(), self.ticks()+lease)
-    served = self.orders.serve(jobs, self.lanes.paused, claim, self.file.after)
+    new = [j for c,j in zip(calls, jobs) if j.id==c.id] # not what was there for its key
+    served = self.orders.serve(new, self.lanes.paused, claim, self.file.after)
     if served and served.issuperset(j.seq for j in jobs): self.file.news = False
     return jobs
 
@@ -121,8 +123,7 @@ def _jobs(self:SQLiteStore, cx, ids) -> list[Job]:
 @patch
 def get(self:SQLiteStore, id:str) -> Job|None:
     "The job as it is now."
-    rows = self.file.read(f'{job_sql} WHERE j.id=?', (id,))
-    return readable(rows[0]) if rows else None
+    return next(map(readable, self.file.read(f'{job_sql} WHERE j.id=?', (id,))), None)
 
 @patch
 def find(self:SQLiteStore, *, state:State|None=None, task:str|None=None, queue:str|None=None, limit:int=100,
@@ -229,9 +230,8 @@ def _exchange(self:SQLiteStore, cx, done, worker, wants, queues, lease):
 def exchange(self:SQLiteStore, done:Sequence[Done], worker:str, wants:Sequence[tuple[Collection[str], int]],
              queues:Collection[str]|None=None, *, lease:float=30.0) -> tuple[list[bool], list[list[Job]]]:
     "Write down what came of attempts, and take due jobs, in one commit."
-    claims = worker,wants,queues,lease
-    try: return self._write(self._exchange, done, *claims)
-    except _Late: return self.finish(done),self._write(self._exchange, [], *claims)[1]
+    try: return self._write(self._exchange, done, worker, wants, queues, lease)
+    except _Late: return self.finish(done),self._write(self._exchange, [], worker, wants, queues, lease)[1]
 
 # %% ../nbs/api/21_sqlite.ipynb #77a93f85
 @patch
@@ -255,12 +255,12 @@ def join(self:SQLiteStore, worker:str):
 @patch
 def leave(self:SQLiteStore, worker:str):
     "Say that this worker has ended in order; what it still holds is queued again at once."
-    self.stand_by(worker)
     self._write(self._leave, worker)
     self.file.unlock(worker)
 
 @patch
 def _leave(self:SQLiteStore, cx, worker):
+    self.stand_by(worker) # in here, where no `add` that is under way can bring the order back
     rows = cx.execute('SELECT seq,attempt FROM jobs WHERE st=2 AND worker=?', (worker,)).fetchall()
     self._finish(cx, [Done(seq=s, attempt=a, state=State.queued, counts=False) for s,a in rows])
 
@@ -291,6 +291,7 @@ def sweep(self:SQLiteStore, max_crashes:int=3) -> list[Job]:
 @patch
 def _cancel(self:SQLiteStore, cx, id, why):
     rows,self.file.news = cx.execute('SELECT seq,st FROM jobs WHERE id=?', (id,)).fetchall(),True
+    self.file.after.append(lambda done: done and self.orders.withdraw(id))
     if rows and rows[0][1] < SUCCEEDED:
         self._tell(cx, cancel_jobs(cx, {rows[0][0]: why}, self.clock()))
         cx.execute('DELETE FROM deps WHERE child=?', (rows[0][0],)) # for its own sake, so no parent brings it back
@@ -395,5 +396,4 @@ def tick(self:SQLiteStore, name:str, last:float|None, at:float, call:Call|None) 
 @patch
 def last_tick(self:SQLiteStore, name:str) -> float|None:
     "When the schedule last ticked."
-    rows = self.file.read(_tick_at, (name,))
-    return rows[0][0] if rows else None
+    return next((at for at, in self.file.read(_tick_at, (name,))), None)

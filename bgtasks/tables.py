@@ -33,6 +33,8 @@ _call,_error,_progress = json.Decoder(tuple[list, dict]),json.Decoder(Failure),j
 
 def _maybe(text, decode=json.decode): return None if text is None else decode(text)
 
+_unreadable = ValueError,TypeError,IndexError,RecursionError # the last: it is nested too deeply for this thread
+
 def as_job(
     row:tuple # As `job_sql` selects it
 ) -> Job:
@@ -68,7 +70,7 @@ def readable(
 ) -> Job:
     "Make a record of a row, leaving out what can't be read."
     try: return as_job(row)
-    except (ValueError, TypeError, IndexError) as e:
+    except _unreadable as e:
         error = row[19]
         row = [v if isinstance(v, kind) else default if v is None or kind is not str else repr(v)
                for v,(kind, default) in zip(row, _sane)]
@@ -206,7 +208,7 @@ def claimed(
     jobs,broken = [],[]
     for row in rows:
         try: jobs.append(as_job(row))
-        except (ValueError, TypeError, IndexError) as e: broken.append((row[-1], e))
+        except _unreadable as e: broken.append((row[-1], e))
     return jobs,broken
 
 # %% ../nbs/api/14_tables.ipynb #163f74ef

@@ -231,8 +231,8 @@ def _stand_by(self:Worker):
     lanes = [] if busy else [l for l in self._lanes.values() if l.wants()]
     wants = [(l.names, l.wants()) for l in lanes]
     def give(jobs):
-        with suppress(RuntimeError): # the loop has ended: then the store takes them back when the worker leaves
-            self._loop.call_soon_threadsafe(self._handed, lanes, wants, jobs)
+        try: self._loop.call_soon_threadsafe(self._handed, lanes, wants, jobs)
+        except RuntimeError: self.queue.store.leave(self.name) # the loop has ended, and this worker with it
     self.queue.store.stand_by(self.name, wants, self.queues, lease=self.lease, give=give)
 
 @patch
@@ -241,6 +241,7 @@ def _handed(self:Worker, lanes, wants, jobs):
     for lane,(names,_),some in zip(lanes, wants, jobs):
         if lane.names is names and not self._stopping: self._take_in([(lane, some)], monotonic())
         else: [self._give_back(job) for job in some] # tasks have been declared anew, and may run elsewhere now
+        if lane.ready: self._stir.set() # they wait for a place, but not for long
 
 @patch
 def _heard(self:Worker):
@@ -269,13 +270,14 @@ def _rest_time(self:Worker, now) -> float:
 @patch
 async def _rest(self:Worker):
     "Wait until there is something to do."
-    while not self._closed and (wait := self._rest_time(monotonic())) > 0:
-        self._stand_by()
-        self._stir.clear()
-        timer = self._loop.call_later(wait, self._stir.set)
-        await self._stir.wait()
-        timer.cancel()
-    self.queue.store.stand_by(self.name)
+    try:
+        while not self._closed and (wait := self._rest_time(monotonic())) > 0:
+            self._stand_by()
+            self._stir.clear()
+            timer = self._loop.call_later(wait, self._stir.set)
+            await self._stir.wait()
+            timer.cancel()
+    finally: self.queue.store.stand_by(self.name)
 
 # %% ../nbs/api/40_worker.ipynb #7af55438
 @patch
@@ -308,9 +310,7 @@ async def _take_turn(self:Worker):
 def _stop_attempt(self:Worker, key, why):
     "Cancel an attempt that runs, or drop one that has not begun."
     if a := self._running.get(key):
-        if a.stopped is None:
-            a.stopped = why
-            a.future.cancel()
+        if a.stopped is None: a.stopped = why; a.future.cancel()
         return
     for lane in self._lanes.values():
         for job in [j for j in lane.ready if (j.seq, j.attempt)==key]: lane.ready.remove(job)

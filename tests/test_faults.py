@@ -1,5 +1,6 @@
 "What can go wrong with the file, the disk, the clock and the processes: a clear error, and nothing lost."
-import asyncio, os, signal, subprocess, sys, textwrap, time
+import asyncio, os, signal, subprocess, sys, textwrap, threading, time
+from contextlib import nullcontext
 from pathlib import Path
 
 import apsw, pytest
@@ -286,6 +287,35 @@ async def test_an_event_that_cannot_be_read(anyio_backend, path):
         assert [(e.kind, e.data) for e in queue.store.events(job=job.id)]==[('queued', None), ('running', None),
                                                                             ('succeeded', None)]
 
+def test_a_payload_too_deep_to_be_read_costs_only_its_own_job(path):
+    "Who records it may have more room on the stack than who claims it"
+    def further_in(n, call): return call() if n==0 else further_in(n-1, call)
+    store = SQLiteStore(path, 'process')
+    deep, = store.add([Call(id=new_id(), task='t', payload=b'[[' + b'['*850 + b']'*850 + b'],{}]')])
+    other, = store.add(calls())
+    assert [j.id for j in further_in(300, lambda: claim(store))]==[other.id]
+    assert store.get(deep.id).state is State.dead and 'recursion' in store.get(deep.id).error.message
+    assert further_in(300, lambda: store.get(deep.id)).state is State.dead
+    store.close()
+
+@pytest.mark.parametrize('undone', [False, True])
+def test_a_worker_that_leaves_while_a_job_is_recorded_gets_none(path, undone):
+    store,left = SQLiteStore(path, 'process'),threading.Event()
+    given = []
+    store.join('w'); store.stand_by('w', [(['t'], 5)], give=given.append)
+    def leave(): store.leave('w'); left.set()
+    def on_commit(): # here the order has been served, and the transaction is not over
+        store.file._cx.set_commit_hook(None)
+        threading.Thread(target=leave).start()
+        time.sleep(.1)
+        return undone
+    store.file._cx.set_commit_hook(on_commit)
+    with pytest.raises(StoreError) if undone else nullcontext(): store.add(calls())
+    assert left.wait(30)
+    store.add(calls())
+    assert store.counts()[State.running]==0 and not store.orders.open and len(given)==(not undone)
+    store.close()
+
 def test_large_payloads_and_results_need_little_more_than_their_room(path):
     code = '''
         import resource
@@ -329,6 +359,19 @@ def test_a_fork_with_an_open_store(path):
         '''
     assert ran(code, path)==['0', '1', '2']
     assert sound(path)
+
+@posix
+def test_what_a_forked_child_records_is_not_handed_to_its_parents_worker(path):
+    code = '''
+        given = []
+        store = SQLiteStore(sys.argv[1]); store.join('w')
+        store.stand_by('w', [(['t'], 5)], give=given.append)
+        if (child := os.fork())==0: os._exit(0 if store.add(calls()) and not given else 3)
+        status = os.waitpid(child, 0)[1]
+        mine, = store.add(calls()) # the parent's own order stands, and brings both
+        print(status, sum(len(o) for o in given[0]), store.get(mine.id).state, store.counts()[State.queued])
+        '''
+    assert ran(code, path)==['0', '2', 'running', '0']
 
 @posix
 def test_a_forked_child_does_not_keep_its_parents_worker_alive(path):

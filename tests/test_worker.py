@@ -185,6 +185,62 @@ def test_a_worker_that_cannot_hear_looks(folder, monkeypatch):
                 assert await q.aresult(other.task(lambda: 1, name='t').enqueue(), 30)==1
     asyncio.run(main())
 
+async def idle(queue):
+    "Wait until a worker of `queue` has left an order"
+    async with asyncio.timeout(30):
+        while not queue.store.orders.open: await asyncio.sleep(.01)
+
+def test_a_job_cancelled_on_its_way_to_the_worker_does_not_start(tmp_path):
+    async def main():
+        with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
+            ran = []
+            task = q.task(lambda x: ran.append(x), name='t')
+            async with Worker(q):
+                await idle(q)
+                assert q.get(job := task.enqueue(1)).state is State.running # claimed by the commit, not yet handed over
+                assert q.cancel(job).state is State.cancelled
+                await q.aresult(task.enqueue(2), 30)
+            assert ran==[2]
+    asyncio.run(main())
+
+@pytest.mark.parametrize('cancelled', [True, False])
+def test_a_worker_whose_loop_has_ended_holds_no_job(tmp_path, cancelled):
+    with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
+        task,worker = q.task(lambda: 1, name='t'),Worker(q)
+        async def leak():
+            await worker.start()
+            await idle(q)
+        if cancelled: asyncio.run(leak())
+        else:
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(leak())
+            loop.close()
+        job = task.enqueue()
+        assert q.get(job).state is State.queued and q.get(job).crashes==0
+        asyncio.run(Worker(q).run(until_empty=True))
+        assert q.result(job, 30)==1
+
+def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
+    async def main():
+        with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
+            ran = asyncio.Event()
+            @q.task(name='t')
+            async def t(): await ran.wait()
+            async with Worker(q, concurrency=1, lease=60) as worker:
+                await idle(q)
+                worker._lanes[None].rate = 1000 # as after many short jobs
+                worker._chores_at = worker._ask_at = float('inf') # but for its leases, nothing wakes it by the clock
+                worker._stir.set()
+                async with asyncio.timeout(30):
+                    while q.store.orders.open[worker.name][0][0][1]==1: await asyncio.sleep(.01)
+                jobs = t.enqueue_many([()]*4)
+                assert q.counts()[State.running]==4
+                async with asyncio.timeout(6):
+                    while q.counts()[State.running] > 1: await asyncio.sleep(.01)
+                ran.set()
+                for job in jobs: await q.aresult(job, 30)
+    asyncio.run(main())
+
 class Server(Command):
     "An app under uvicorn, in a process of its own, with a worker in its lifespan"
     def __init__(self, folder, grace):
