@@ -241,6 +241,27 @@ def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
                 for job in jobs: await q.aresult(job, 30)
     asyncio.run(main())
 
+def test_a_key_that_comes_twice_is_one_job_for_an_idle_worker(tmp_path):
+    async def main():
+        with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
+            ran = []
+            task = q.task(lambda x: ran.append(x), name='t', key=lambda x: f'key {x}')
+            async with Worker(q):
+                await idle(q)
+                a,b,c = task.enqueue_many([(1,), (1,), (2,)])
+                for job in (a, c): await q.aresult(job, 30)
+            assert a.id==b.id and sorted(ran)==[1, 2]
+            assert [e.kind for e in q.store.events(job=a.id)]==['queued', 'running', 'succeeded']
+    asyncio.run(main())
+
+def test_a_standing_order_brings_no_old_job_that_has_the_key(tmp_path):
+    "Its row may be damaged, which only a claim finds out"
+    with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
+        task,given = q.task(lambda: 1, name='t', key='k'),[]
+        old = task.enqueue()
+        q.store.stand_by('w', [(['t'], 5)], give=given.append)
+        assert task.enqueue().id==old.id and not given and q.get(old).state is State.queued
+
 class Server(Command):
     "An app under uvicorn, in a process of its own, with a worker in its lifespan"
     def __init__(self, folder, grace):
