@@ -30,10 +30,9 @@ job_sql = f'SELECT {_columns} FROM jobs j LEFT JOIN lanes l ON l.lane=j.lane ' #
 
 # %% ../nbs/api/14_tables.ipynb #49de3766
 _call,_error,_progress = json.Decoder(tuple[list, dict]),json.Decoder(Failure),json.Decoder(Progress)
+_unreadable = ValueError,TypeError,IndexError,RecursionError # the last: it is nested too deeply for this thread
 
 def _maybe(text, decode=json.decode): return None if text is None else decode(text)
-
-_unreadable = ValueError,TypeError,IndexError,RecursionError # the last: it is nested too deeply for this thread
 
 def as_job(
     row:tuple # As `job_sql` selects it
@@ -272,11 +271,10 @@ def after_end(
     now:float           # Seconds since 1970
 ) -> tuple[bool, list[int]]: # Was there any? seq of those that were cancelled
     "Let those run that waited for jobs which have succeeded; cancel those that waited for the others."
-    children = [c for _,c in _children(cx, succeeded, strike=True)]
-    cx.executemany('UPDATE jobs SET waits=waits-1 WHERE seq=?', [(c,) for c in children])
-    sql = 'UPDATE jobs SET st=iif(run_at>?,0,1) WHERE seq=? AND st=3 AND waits=0'
-    cx.executemany(sql, [(now, c) for c in children])
-    if not (pairs := _children(cx, failed)): return bool(children), []
+    freed = [c for _,c in _children(cx, succeeded, strike=True)]
+    cx.executemany('UPDATE jobs SET waits=waits-1 WHERE seq=?', [(c,) for c in freed])
+    cx.executemany('UPDATE jobs SET st=iif(run_at>?,0,1) WHERE seq=? AND st=3 AND waits=0', [(now, c) for c in freed])
+    if not (pairs := _children(cx, failed)): return bool(freed), []
     rows = cx.execute(f'{_named} FROM jobs WHERE seq {json_in}', (json_list(failed),)).fetchall()
     names = {s: str(i, errors='replace') for s,i in rows}
     return True, cancel_jobs(cx, {c: _lost.format(names[p]) for p,c in pairs}, now)
