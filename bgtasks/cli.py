@@ -34,8 +34,6 @@ COMMANDS = dict(
     status=Command('bgtasks.command:show_status', 'worker', 'Count the jobs, and tell what waits and why.'),
     worker=Command('bgtasks.command:worker', 'worker', 'Run the jobs of a queue, beside the app or without one.'))
 
-
-
 # %% ../nbs/api/56_cli.ipynb #03496c7e
 def _missing(name, extra):
     return f"This command needs {name}, which isn't installed. Install it with: pip install 'bgtasks[{extra}]'"

@@ -89,7 +89,7 @@ class Job(Struct, frozen=True, kw_only=True, gc=False):
     error:Failure|None = None       # Why it ended without success, or why its last attempt failed; gone with success
     progress:Progress|None = None   # The last one reported
     worker:str|None = None          # Name of the worker that has it, or had it last
-    seq:int = 0                     # Its place in the store, in the order of recording
+    seq:int = 0                     # Its place in the store, in the order of recording; the event of that has the same
 
     @property
     def tries(self) -> int:
@@ -165,7 +165,7 @@ def deliveries(
 # %% ../nbs/api/00_job.ipynb #ed7f55a5
 class Event(Struct, frozen=True, kw_only=True):
     "One committed fact about a job."
-    id:int              # Its place in the log; later ones are higher
+    id:int              # Its place in the log; later ones are higher, and need not follow without a gap
     job:str             # Id of the job
     kind:str            # A `State`, or `'progress'` or `'log'`
     attempt:int = 0     # The attempt it belongs to

@@ -10,8 +10,8 @@ import logging
 from typing import Any
 
 from .job import Failure
-from .log import note
-from .tables import after_end, text
+from .log import note, text
+from .tables import after_end
 
 _log = logging.getLogger('bgtasks')
 

@@ -77,7 +77,7 @@ class TaskQueue:
         self.clock = getattr(self.store, 'clock', time.time)
         self.tasks:dict[str, Task] = {}             # All tasks, by name
         self.middleware:list[Callable] = []         # What wraps each run, the outermost first
-        self.wakers:set[Callable[[], None]] = set() # What is called, in any thread, when there is something to do
+        self.wakers:set[Callable[[], None]] = set() # What `wake` calls, in any thread
         self.clerk,self.reads = Clerk(self.store),Clerk(self.store) # who only looks need not wait for a write
         self.feed = Feed(self.store, self.reads.do)
 
@@ -118,7 +118,7 @@ class TaskQueue:
         return task
 
     def wake(self):
-        "Tell the workers of this process that there is something to do."
+        "Tell those workers of this process that can't watch the store's descriptor that there is something to do."
         for waker in tuple(self.wakers): waker()
 
     def close(self):

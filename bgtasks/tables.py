@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'job_sql', 'insert_sql',
-           'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job', 'held', 'due_lanes', 'due', 'first_due',
-           'claim_all', 'claim_new', 'claimed', 'prolong', 'keep_progress', 'cancel_jobs', 'after_end', 'await_parents',
+           'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job', 'held', 'prolong', 'keep_progress', 'due_lanes',
+           'due', 'first_due', 'claim_all', 'claim_new', 'claimed', 'cancel_jobs', 'after_end', 'await_parents',
            'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
@@ -115,6 +115,29 @@ def held(
     rows = cx.execute(sql, (json_list(s for s,_ in pairs),))
     return {(s, a) for s,a,w in rows.fetchall() if worker is None or w==worker}.intersection(pairs)
 
+# %% ../nbs/api/14_tables.ipynb #163f74ef
+def prolong(
+    cx:Any,                         # A connection in a transaction
+    worker:str,                     # Its name
+    pairs:list[tuple[int, int]],    # (seq, attempt) of what it thinks it holds
+    until:float                     # New end of the leases, in the seconds that they are counted in
+) -> list[tuple[int, int]]: # Those that it no longer holds
+    "Prolong leases."
+    ours = held(cx, pairs, worker)
+    cx.execute(f'UPDATE jobs SET until=? WHERE seq {json_in}', (until, json_list(s for s,_ in ours)))
+    return [p for p in pairs if p not in ours]
+
+def keep_progress(
+    cx:Any,                                     # A connection in a transaction
+    reports:list[tuple[int, int, Progress]],    # (seq, attempt, how far)
+    now:float                                   # Seconds since 1970
+):
+    "Write the progress of running attempts and log it."
+    running = held(cx, [(s, a) for s,a,_ in reports])
+    rows = [(text(p), s, a) for s,a,p in reports if (s, a) in running]
+    cx.executemany('UPDATE jobs SET progress=CAST(? AS BLOB) WHERE seq=?', [(p, s) for p,s,_ in rows])
+    note(cx, [(s, 'progress', a, p) for p,s,a in rows], now)
+
 # %% ../nbs/api/14_tables.ipynb #b0b3ae9b
 _first = 'SELECT {} FROM jobs WHERE st=1 AND lane=l.value ORDER BY priority DESC, seq LIMIT 1'
 _best = f'''SELECT value FROM (SELECT value, ({_first.format('priority')}) p, ({_first.format('seq')}) s
@@ -209,29 +232,6 @@ def claimed(
         try: jobs.append(as_job(row))
         except _unreadable as e: broken.append((row[-1], e))
     return jobs,broken
-
-# %% ../nbs/api/14_tables.ipynb #163f74ef
-def prolong(
-    cx:Any,                         # A connection in a transaction
-    worker:str,                     # Its name
-    pairs:list[tuple[int, int]],    # (seq, attempt) of what it thinks it holds
-    until:float                     # New end of the leases, in the seconds that they are counted in
-) -> list[tuple[int, int]]: # Those that it no longer holds
-    "Prolong leases."
-    ours = held(cx, pairs, worker)
-    cx.execute(f'UPDATE jobs SET until=? WHERE seq {json_in}', (until, json_list(s for s,_ in ours)))
-    return [p for p in pairs if p not in ours]
-
-def keep_progress(
-    cx:Any,                                     # A connection in a transaction
-    reports:list[tuple[int, int, Progress]],    # (seq, attempt, how far)
-    now:float                                   # Seconds since 1970
-):
-    "Write the progress of running attempts and log it."
-    running = held(cx, [(s, a) for s,a,_ in reports])
-    rows = [(text(p), s, a) for s,a,p in reports if (s, a) in running]
-    cx.executemany('UPDATE jobs SET progress=CAST(? AS BLOB) WHERE seq=?', [(p, s) for p,s,_ in rows])
-    note(cx, [(s, 'progress', a, p) for p,s,a in rows], now)
 
 # %% ../nbs/api/14_tables.ipynb #1625de13
 _kept = "?1+iif(typeof(keep)='real' AND keep>=0,keep,604800)" # it may be damaged
