@@ -1,5 +1,5 @@
 "`bgtasks demo`: the whole story over HTTP, how it ends, and the page in a real browser."
-import os, re, shutil, signal, socket, sqlite3, subprocess, sys, time
+import os, re, shutil, signal, socket, sqlite3, subprocess, sys
 from pathlib import Path
 
 import httpx2, pytest
@@ -11,7 +11,7 @@ from bgtasks.demo_app import dashboard
 from bgtasks.server import Server
 from bgtasks.signature import new_secret
 from browser import browser, htmx_files, needs_browser, shoot
-from test_web import serving
+from test_web import serving, soon
 
 ROOT = Path(__file__).parents[1]
 BGTASKS = [sys.executable, '-c', 'from bgtasks.cli import main; main()']
@@ -21,12 +21,6 @@ HTMX = {'HX-Request': 'true'}
 def bgtasks(*args, cwd, **env):
     return subprocess.run([*BGTASKS, *map(str, args)], cwd=cwd, env=os.environ|env, capture_output=True, text=True,
                           timeout=120)
-
-def soon(ready, seconds=20):
-    "Wait until `ready()` is true, and give what it gave"
-    end = time.monotonic()+seconds
-    while not (res := ready()) and time.monotonic() < end: time.sleep(.05)
-    return res
 
 def states(*args):
     "Process numbers and the states of these processes, from `ps`"

@@ -246,7 +246,7 @@ def test_either_client_sends_webhooks(there, tmp_path):
                 'from bgtasks.post import deliver_webhook\n'
                 "news = dict(id='a', task='t', state='succeeded', finished_at=1e9, result=7)\n"
                 f"print(asyncio.run(deliver_webhook('{url}', 'env:HOOK_SECRET', True, 'm', news)))")
-        res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+        res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60,
                              env=os.environ | {'SSL_CERT_FILE': str(tmp_path/'ca.pem')})
         if there: assert (res.stdout, r.types(), r.bad)==('204\n', [('job.succeeded', 'a')], []), res.stderr
         else: assert 'pip install "bgtasks[notify]"' in res.stderr and not r.ids

@@ -2,6 +2,7 @@
 import os, secrets, signal, socket, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import redis
 
@@ -81,16 +82,30 @@ def any_redis():
 
 # RabbitMQ
 
+def rabbit_line():
+    "A connection to RabbitMQ, of pika's"
+    import pika
+    return pika.BlockingConnection(pika.URLParameters(RABBIT.removesuffix('//')+'/%2F'))
+
 def no_rabbit():
     "Why RabbitMQ can't be used, if it can't"
-    import pika
-    try: pika.BlockingConnection(pika.URLParameters(RABBIT.removesuffix('//')+'/%2F')).close()
-    except Exception as e: return f'no RabbitMQ answers at 127.0.0.1:5672 as guest: {type(e).__name__}'
+    where = urlsplit(RABBIT)
+    try: rabbit_line().close()
+    except Exception as e:
+        return f'no RabbitMQ answers at {where.hostname}:{where.port} as {where.username}: {type(e).__name__}'
+
+def rabbit_behind(proxy):
+    "The URL of RabbitMQ as it is reached by a proxy"
+    where = urlsplit(RABBIT)
+    return where._replace(netloc=f'{where.username}:{where.password}@127.0.0.1:{proxy.port}').geturl()
+
+def rabbit_proxy():
+    where = urlsplit(RABBIT)
+    return Proxy(where.port, where.hostname)
 
 def forget_queues(names):
     "Delete these queues in RabbitMQ"
-    import pika
-    line = pika.BlockingConnection(pika.URLParameters(RABBIT.removesuffix('//')+'/%2F'))
+    line = rabbit_line()
     for name in names: line.channel().queue_delete(name)
     line.close()
 

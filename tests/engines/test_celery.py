@@ -1,12 +1,11 @@
 "Celery as a backend, on real servers and with real workers in their own processes."
 import os, signal, sys, time
 
-import pika
 import pytest
 import redis
 from kombu import Queue
 from kombu.exceptions import ChannelError
-from live import forget_queues, script, unique, until
+from live import forget_queues, rabbit_line, script, unique, until
 
 from bgtasks.conform import check_backend
 from bgtasks.errors import BackendUnavailable, BadOption
@@ -138,7 +137,7 @@ def test_a_job_of_a_dead_worker_does_not_wait_for_the_visibility_timeout(site, r
 
 def test_a_queue_that_another_engine_has_is_told(site, rabbit_url, redis_url):
     s = site(rabbit_url, redis_url)
-    line = pika.BlockingConnection(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
+    line = rabbit_line()
     line.channel().queue_declare(name := s.env['CHECK_PREFIX']+'default', durable=True)
     was = s.queue.store.last_event()
     with pytest.raises(BadOption, match='Another engine'): s.task('grow').enqueue('a')

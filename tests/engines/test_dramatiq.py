@@ -3,7 +3,6 @@ import signal, subprocess, sys, time
 
 import dramatiq_app
 import live
-import pika
 import pytest
 from live import until
 
@@ -70,7 +69,7 @@ def test_a_job_that_is_recorded_is_sent_in_the_end(stage, monkeypatch):
 
 def test_a_queue_that_another_engine_has_is_told(redis_url, rabbit_url, workers, tmp_path):
     stage = Stage(rabbit_url, redis_url, workers, tmp_path)
-    line = pika.BlockingConnection(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
+    line = live.rabbit_line()
     line.channel().queue_declare(stage.name, durable=True)
     was = stage.queue.store.last_event()
     with pytest.raises(BadOption, match='Another engine'): stage.queue.tasks['once'].enqueue('a')
@@ -106,8 +105,8 @@ class Redis:
 class RabbitMQ:
     "One behind a proxy: it is not ours to stop"
     def __init__(self, own, url):
-        self.proxy = live.Proxy(5672)
-        self.url,self.records = f'amqp://guest:guest@127.0.0.1:{self.proxy.port}//',own.url
+        self.proxy = live.rabbit_proxy()
+        self.url,self.records = live.rabbit_behind(self.proxy),own.url
         self.down,self.up,self.close = self.proxy.down,self.proxy.up,self.proxy.down
 
 @pytest.fixture(params=[Redis, RabbitMQ])
@@ -158,8 +157,8 @@ def test_a_broker_that_is_restarted_while_jobs_run_loses_none(shaky, server):
     assert [shaky.queue.get(j).state for j in jobs]==['succeeded']*4
 
 def test_a_rabbitmq_that_hangs_is_told_in_the_end(own_redis, rabbit_url, workers, tmp_path):
-    proxy = live.Proxy(5672)
-    stage = Stage(f'amqp://guest:guest@127.0.0.1:{proxy.port}//', own_redis.url, workers, tmp_path)
+    proxy = live.rabbit_proxy()
+    stage = Stage(live.rabbit_behind(proxy), own_redis.url, workers, tmp_path)
     stage.broker.parameters.heartbeat = 4 # so that the test need not wait for the usual ten
     once = stage.queue.tasks['once']
     once.enqueue('a')
