@@ -209,7 +209,6 @@ def _(c):
 
 @_promise('every=: a scheduled task runs by itself', 'cron')
 def _(c):
-    if 'checks.tick' not in c.queue.tasks: return
     path = os.environ['BGTASKS_CHECK_DIR']+'/ticks'
     at = c.until(lambda: len(l := c.lines(path)) > 1 and [float(o) for o in l])
     yield at[1]-at[0] > .3, True
@@ -235,7 +234,7 @@ def _(c):
 def _(c):
     job = c.say.using(delay=.5).enqueue(path := c.file(), 'x')
     j = c.queue.cancel(job, 'enough')
-    yield (j.state, j.error.message), ('cancelled', 'enough')
+    yield (j.state, j.error and j.error.message), ('cancelled', 'enough')
     time.sleep(1)
     yield c.lines(path), []
     yield c.fails(lambda: c.queue.result(job, 1), JobFailed), JobCancelled
@@ -282,9 +281,8 @@ def _(c):
     job = c.ends(c.grow.enqueue('a'))
     yield (c.queue.purge(older_than=0) > 0, c.queue.get(job)), (True, None)
 
-@_promise('middleware goes around every run', 'results')
+@_promise('middleware goes around every run', 'results', 'wrapped')
 def _(c):
-    if c.wrapped is None: return
     job = c.wrapped.tasks['wrapped.here'].enqueue(c.file())
     yield c.wrapped.result(job, c.patience)[-1], 'around'
 
@@ -341,6 +339,11 @@ def _served(queue):
         thread.join()
         loop.close()
 
+def _at_hand(queue, wrapped, need) -> bool:
+    "Is there what a promise needs: the feature, and the tasks to try it by?"
+    if need=='wrapped': return wrapped is not None
+    return supports(queue.store, need) and (need!='cron' or 'checks.tick' in queue.tasks)
+
 def _tried(text, check, case) -> str|None:
     try:
         for n,(got,want) in enumerate(check(case), 1):
@@ -358,7 +361,7 @@ def check_backend(
 ) -> list[str]: # The promises that were tried, all of them kept
     "Try what the backend of `queue` says that it supports; raise `BrokenPromise` naming what it does not do."
     if hasattr(queue.store, 'claim'): slots = 40
-    chosen = [(t, f) for t,needs,f in _promises if only(t) and all(supports(queue.store, o) for o in needs)]
+    chosen = [(t, f) for t,needs,f in _promises if only(t) and all(_at_hand(queue, wrapped, o) for o in needs)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _served(queue):
         faults = [o for t,f in chosen if (o := _tried(t, f, _Case(queue, tempfile.mkdtemp(dir=folder), patience, slots,
                                                                   wrapped)))]
