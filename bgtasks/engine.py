@@ -7,7 +7,7 @@ __all__ = ['Engine', 'other_queue', 'work']
 
 # %% ../nbs/api/41_engine.ipynb #3a858b4f
 import asyncio, logging, multiprocessing, os, secrets, threading, time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing.process import AuthenticationString
@@ -22,8 +22,8 @@ from .attempt import attempt, verdict
 from .errors import BackendUnavailable, BadOption
 from .job import Call, Done, Event, Failure, Job, Outcome, State
 from .link import Link, together
-from .message import Message, job_of, message_of, read_message
-from .records import Records, next_message, vanished, worker_name
+from .message import Message, job_of, message_of, next_message, read_message
+from .records import Records, vanished, worker_name
 from .report import Reports, keep_logs
 from .run import _call, _run
 from .store import Backend
@@ -110,7 +110,6 @@ class _Bench:
         if held.lost: return
         try: out = await attempt(job, task, runner, middleware, reporter)
         except GeneratorExit: raise
-        except asyncio.CancelledError as e: out = Outcome(error=e)
         except BaseException as e: out = Outcome(error=e)
         return None if held.lost else out
 

@@ -17,11 +17,10 @@ from typing import Any
 from msgspec import json
 
 from .feed import Follower
-from .job import Event, Job, State
+from .job import Event, Job
 
 # %% ../nbs/api/42_live.ipynb #11c99823
 _log = logging.getLogger('bgtasks')
-_ends = {State.succeeded, State.dead, State.cancelled}
 
 def _whole(n): return int(n) if n is not None and float(n).is_integer() else n # 3 of 8, and not 3.0
 

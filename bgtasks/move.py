@@ -9,12 +9,11 @@ __all__ = ['Moved', 'move']
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct, field, json
 
 from .errors import BadOption, BgTasksError, StoreError
-from .job import Call, Failure, Job
+from .job import Call, Failure
 from .queue import TaskQueue
 from .sqlite import SQLiteStore
 from .store import Backend, supports

@@ -6,7 +6,7 @@
 __all__ = ['is_public', 'addresses_of', 'check_url', 'post', 'message', 'deliver_webhook']
 
 # %% ../nbs/api/27_post.ipynb #e004f231
-import asyncio, json, re, time
+import asyncio, json, time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime

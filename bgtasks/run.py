@@ -339,7 +339,7 @@ _runners['process'] = _in_process
 # %% ../nbs/api/20_run.ipynb #47e0d301
 def set_limits(
     threads:int|None=None,  # Sync tasks that run at once, per event loop
-    processes:int|None=None # Processes of the pool
+    processes:int|None=None # Calls that run at once in other processes, per event loop
 ):
     "Change how many tasks run at once in threads and processes; call it before the first task runs."
     for name,n in dict(threads=threads, processes=processes).items():

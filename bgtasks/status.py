@@ -7,7 +7,6 @@ __all__ = ['job_status', 'status_head', 'asset']
 
 # %% ../nbs/api/43_status.ipynb #72dbb500
 import json
-from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
