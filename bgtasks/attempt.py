@@ -57,7 +57,7 @@ def _tell(job, done, now):
         _log.warning('Job %s (%s): attempt %d of %d failed, the next follows in %.3g s: %s', job.id, job.task,
                      job.tries, job.retries+1, done.run_at-now, done.error)
     elif done.state is State.dead:
-        _log.error('Job %s (%s) is dead: %s\n%s', job.id, job.task, done.error, done.error.traceback)
+        _log.error('Job %s (%s) is dead: %s', job.id, job.task, f'{done.error}\n{done.error.traceback}'.rstrip())
     else: _log.info('Job %s (%s) cancelled itself: %s', job.id, job.task, done.error.message)
 
 # %% ../nbs/api/35_attempt.ipynb #7ed14f78

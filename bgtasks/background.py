@@ -23,7 +23,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import BadOption, BadTask, Cancel, NoMiddleware, Retry
+from .errors import BadOption, BadTask, Cancel, NoMiddleware, ProcessDied, Retry, TaskTimeout
 from .job import Job, State, task_name
 from .retry import Backoff
 from .run import _in_thread, _run, pack, run
@@ -143,7 +143,8 @@ class BackgroundTask(StarletteTask):
             else: await _in_thread(self.func, self.args, self.kwargs, None, False)
         except Cancel as e: _log.info('Background task %s cancelled itself: %s', task_name(self.func), e)
         except Exception as e:
-            _log.exception('Background task %s failed: %r', task_name(self.func), e)
+            ours = isinstance(e, (TaskTimeout, ProcessDied)) # all frames are our own: the message says it all
+            _log.error('Background task %s failed: %r', task_name(self.func), e, exc_info=not ours)
             raise
         finally: _run.reset(token)
 

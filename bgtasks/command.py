@@ -29,12 +29,15 @@ from .store import Backend
 from .worker import Worker
 
 # %% ../nbs/api/55_command.ipynb #94130daf
+_such = 'write module:name, such as app:queue'
+
 def find_queue(
     place:str # `'module:name'`, from the current directory
 ) -> Any: # A `TaskQueue`
     "Import the queue that `place` names."
     module,_,name = place.partition(':')
-    if not module or not name: raise BadOption(f'{place!r} names no queue: write module:name, such as app:queue')
+    if os.path.isfile(place): raise BadOption(f'{place!r} is a file; here the tasks are needed, too: {_such}')
+    if not module or not name: raise BadOption(f'{place!r} names no queue: {_such}')
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: found = importlib.import_module(module)
     except ModuleNotFoundError as e:
@@ -184,6 +187,8 @@ def move_jobs(source, target):
 # %% ../nbs/api/55_command.ipynb #ae2eb895
 def _queue_at(place):
     "The queue of an app, or of a file."
+    if ':' not in place and not os.path.exists(place):
+        raise BadOption(f'there is no file {place!r}; for an app, {_such}')
     queue = TaskQueue(place) if os.path.isfile(place) else find_queue(place)
     if getattr(queue.store, 'path', None)!=':memory:': return queue
     raise BadOption(f"{place} is in memory, where no other process can see it")

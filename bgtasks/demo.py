@@ -229,7 +229,9 @@ def _watch(app, slow, kept, port, data):
     line('Data', kept)
     line('', 'Ctrl-C stops all of it.')
     while app.running: time.sleep(0.1)
-    raise click.ClickException('The dashboard has ended by itself; what it said is above.')
+    if app.exitcode!=-9: raise click.ClickException('The dashboard has ended by itself; what it said is above.')
+    after = f'start the demo again with --data {data}, and it goes on' if data else 'its work is kept only with --data'
+    raise click.ClickException(f'The dashboard was killed; {after}.')
 
 # %% ../nbs/api/61_demo.ipynb #3fa3bd59
 def _report(steps):

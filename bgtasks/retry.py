@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from .errors import BadOption, Cancel, Retry, Unusable
+from .errors import BadOption, BgTasksError, Cancel, Retry, Unusable
 from .job import Done, Failure, Job, Outcome, State
 
 # %% ../nbs/api/10_retry.ipynb #fecd01f7
@@ -55,6 +55,7 @@ def _message(e):
 def _traceback(e):
     tb = e.__traceback__
     while _here and tb and tb.tb_frame.f_code.co_filename.startswith(_here): tb = tb.tb_next
+    if not tb and isinstance(e, BgTasksError) and not e.__cause__: return '' # by us: the message says all
     try: return _cut(''.join(traceback.format_exception(type(e), e, tb or e.__traceback__)), 16_000)
     except Exception as x: return f'(its traceback could not be made: {type(x).__name__})'
 

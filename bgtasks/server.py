@@ -106,6 +106,11 @@ class Server:
         "The number of the process, once it has started."
         return self._process and self._process.pid
 
+    @property
+    def exitcode(self) -> int|None:
+        "How the process has ended: its exit code, or the number of the signal that killed it, negative."
+        return self._process and self._process.poll()
+
     def start(self) -> 'Server': # The server itself
         "Start the process, and return when it listens at `url`."
         if self.running: return self

@@ -1,5 +1,6 @@
 "The rules of the house, each as a function that gives what breaks it. `test_guards.py` applies them."
-import ast, inspect, re
+import ast, builtins, inspect, re
+from importlib import import_module
 from pathlib import Path
 
 from execnb.nbio import read_nb
@@ -36,6 +37,22 @@ def visible(cells):
         m = re.match(r'(#+)\s(.*)', c.source) if c.cell_type=='markdown' else None
         if m and (not edge or len(m[1])<=edge): edge = len(m[1]) if m[2].rstrip().endswith(' -') else 0
         if c.cell_type=='code': yield c, not edge and not directives(c) & {'hide', *EXPORTS}
+
+def _makes(o):
+    "Names that a node of a syntax tree binds"
+    if isinstance(o, (ast.Import, ast.ImportFrom)):
+        for a in o.names:
+            if a.name=='*': yield from vars(import_module(o.module))
+            else: yield (a.asname or a.name).split('.')[0]
+    elif isinstance(o, ast.Name) and not isinstance(o.ctx, ast.Load): yield o.id
+    elif isinstance(o, ast.arg): yield o.arg
+    elif isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)): yield o.name
+
+def from_nowhere(cells):
+    "Names that the cells of a page use, and that no cell makes which the reader sees: typed from the page, it fails"
+    nodes = [o for c,seen in visible(cells) if seen for s in parsed(c) for o in ast.walk(s)]
+    made = {*dir(builtins), *(n for o in nodes for n in _makes(o))}
+    return {o.id for o in nodes if isinstance(o, ast.Name)} - made
 
 # Floors
 

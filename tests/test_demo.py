@@ -53,6 +53,11 @@ class Demo:
         assert soon(lambda: not alive(self.children)), alive(self.children)
         return self.proc.returncode,out,err
 
+def dashboard(demo):
+    "The number of the process that serves the pages"
+    told = {p: Path(f'/proc/{p}/cmdline').read_text() for p in demo.children}
+    return next(int(p) for p,words in told.items() if 'demo_app:dashboard' in words)
+
 @pytest.fixture
 def signs(tmp_path):
     assert bgtasks('demo', '--make-csv', 'signs.csv', cwd=tmp_path).returncode==0
@@ -169,6 +174,17 @@ def test_kill_9_loses_nothing(tmp_path, signs):
         assert 'after a crash' in card(demo, file).text
         demo.end(signal.SIGTERM)
     assert len(stored(data))==len(set(stored(data)))==368
+
+@pytest.mark.parametrize('kept', [True, False])
+def test_who_kills_the_dashboard_is_told_how_it_goes_on(tmp_path, kept):
+    "The demo itself says which process to kill; so that is no accident"
+    data = ['--data', tmp_path/'kept.db'] if kept else []
+    with Demo(tmp_path, '--port', 0, '--service-port', 0, *data) as demo:
+        pid = int(re.search(r'kill -9 (\d+)', demo.said)[1]) if kept else dashboard(demo)
+        os.kill(pid, signal.SIGKILL)
+        _,err = demo.proc.communicate(timeout=20)
+    assert err.startswith('Error: The dashboard was killed; ') and len(err.splitlines())==1
+    assert (f'again with --data {data[1]}, and it goes on' if kept else 'kept only with --data') in err
 
 def test_a_stop_in_mid_upload_is_no_crash(tmp_path, signs):
     args = '--port', 0, '--service-port', 0, '--data', (data := tmp_path/'kept.db')

@@ -80,6 +80,9 @@ def test_imports_have_a_cell_of_their_own(name):
     "To make the docs of a module nbdev runs each cell with an import, but not the cells that it stands on"
     none(each(name, lambda c: c.source.splitlines()[:1] if guards.mixed(c) else []))
 
+@pytest.mark.parametrize('name', [o for o in NBS if not o.startswith('nbs/api/')])
+def test_a_page_can_be_typed_as_it_is_seen(name): none(guards.from_nowhere(cells(name)))
+
 @pytest.mark.parametrize('name', NBS)
 def test_outputs_are_kept_and_clean(name):
     none(each(name, guards.bad_outputs))
@@ -128,6 +131,11 @@ def test_only_what_the_reader_sees_counts_as_used():
     nb = [py('#| export\na'), py('#| hide\nb'), py('c(d.e)'), md('## Edges -'), py('f'), md('### Deeper'), py('g'),
           md('## Next'), py('h'), py('show_doc(i)')]
     assert {'c', 'd', 'e', 'h'} == set(guards.used(nb))
+
+def test_what_a_page_hides_is_missed():
+    nb = [py('#| hide\nimport json\nkept = 1'), py('from math import *\ndef f(x): return [y for y in x if sin(y)]'),
+          py('try: json.dumps(f([kept]))\nexcept ValueError as e: print(e)')]
+    assert guards.from_nowhere(nb)=={'json', 'kept'}
 
 @pytest.mark.parametrize('cell', [
     py(''), py('#| hide\n# only words'), py('#| notest\n1'), py('#| eval: false\n1'), py('1\n# test_eq(a, b)'),

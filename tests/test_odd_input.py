@@ -4,7 +4,8 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from bgtasks.errors import BgTasksError, JobFailed, Retry
+from bgtasks.background import BackgroundTask
+from bgtasks.errors import BgTasksError, JobFailed, Retry, TaskTimeout
 from bgtasks.job import Outcome
 from bgtasks.queue import TaskQueue
 from bgtasks.report import progress
@@ -219,3 +220,25 @@ def test_a_payload_of_100_megabytes(queue):
     assert claimed.id==job.id and len(claimed.args[0])==10**8
     with pytest.raises(BgTasksError, match='100,000,00. bytes as JSON, and max_payload is'):
         queue.task(lambda text: None, name='small').enqueue('x'*10**8)
+
+@pytest.mark.anyio
+async def test_what_we_raise_ourselves_is_told_without_our_frames(anyio_backend, queue, caplog):
+    "A timeout, or arguments that no longer fit, say all in the message; a task's own error keeps its traceback"
+    slow = queue.task(asyncio.sleep, name='slow', timeout=.05)
+    @queue.task(name='wrong')
+    async def wrong(): raise BgTasksError('in the task')
+    late,own = slow.enqueue(60),wrong.enqueue()
+    await run(queue, late, own)
+    assert queue.get(late).error.traceback=='' and 'in wrong' in queue.get(own).error.traceback
+    for job,lines in ((late, 1), (own, 5)):
+        said = [r.getMessage() for r in caplog.records if job.id in r.getMessage()]
+        assert len(said)==1 and len(said[0].splitlines())>=lines and not said[0].endswith('\n')
+        assert (len(said[0].splitlines())==1)==(job is late)
+
+@pytest.mark.anyio
+async def test_a_background_task_that_takes_too_long_is_logged_in_a_line(anyio_backend, caplog):
+    def wrong(): raise ValueError('in the task')
+    for task,framed in ((BackgroundTask(asyncio.sleep, 60).using(timeout=.05), False), (BackgroundTask(wrong), True)):
+        caplog.clear()
+        with pytest.raises((TaskTimeout, ValueError)): await task()
+        assert [bool(r.exc_info) for r in caplog.records]==[framed]
