@@ -55,7 +55,8 @@ class Demo:
 
 def dashboard(demo):
     "The number of the process that serves the pages"
-    out = subprocess.run(['ps', '-wwo', 'pid=,args=', '--ppid', str(demo.proc.pid)], capture_output=True, text=True).stdout
+    ps = 'ps', '-wwo', 'pid=,args=', '--ppid', str(demo.proc.pid)
+    out = subprocess.run(ps, capture_output=True, text=True).stdout
     return next(int(l.split()[0]) for l in out.splitlines() if 'demo_app:dashboard' in l)
 
 @pytest.fixture
