@@ -12,7 +12,7 @@ from msgspec import Raw, Struct, json
 from msgspec.structs import replace
 
 from .errors import Unusable
-from .job import Call, Job, State
+from .job import Call, Job
 
 # %% ../nbs/api/17_message.ipynb #4293c80f
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):

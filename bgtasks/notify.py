@@ -12,7 +12,7 @@ from email.message import EmailMessage
 from msgspec import json
 
 from .errors import BadOption
-from .job import Failure, Job, Notice, State, news
+from .job import Job, Notice, State, news
 from .mail import SMTP, check_addresses, check_template, compose, mail_server, mail_servers
 from .signature import name_secret, new_secret, secret_finders, sign, verify
 from .post import check_url

@@ -10,7 +10,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from fastcore.xml import FT, ft, to_xml
+from fastcore.xml import FT, ft
 
 from .job import Job, State
 
