@@ -6,7 +6,7 @@
 __all__ = ['impatient', 'Link', 'together']
 
 # %% ../nbs/api/18_link.ipynb #1c4deffa
-import os
+import os, select
 from collections.abc import Callable
 from hashlib import sha1
 from socket import timeout
@@ -36,7 +36,7 @@ def _packed(commands) -> bytes:
     for cmd in commands:
         out.append(b'*%d\r\n' % len(cmd))
         for o in cmd:
-            o = _bytes(o)
+            if type(o) is not bytes: o = str(o).encode()
             out.append(b'$%d\r\n%b\r\n' % (len(o), o))
     return b''.join(out)
 
@@ -98,6 +98,12 @@ def _named(error, e):
     if not isinstance(error, OSError) or isinstance(error, e.RedisError): return error
     return (e.TimeoutError if isinstance(error, timeout) else e.ConnectionError)(str(error))
 
+def _closed(conn):
+    "Has the server closed an idle connection, or said something that nobody has asked for?"
+    if not _plain(conn) or hasattr(conn._sock, 'pending') or not hasattr(select, 'poll'): return conn.can_read() # TLS
+    (look := select.poll()).register(conn._sock, select.POLLIN)
+    return bool(look.poll(0))
+
 def _plain(conn): return hasattr(conn, '_sock') and 'Hiredis' not in type(getattr(conn, '_parser', None)).__name__
 
 # %% ../nbs/api/18_link.ipynb #a6701791
@@ -145,7 +151,7 @@ class Link:
             conn = self._take()
             idle = conn is not None
             try:
-                if idle and meanwhile is not None and conn.can_read(): raise e.ConnectionError('closed by the server')
+                if idle and meanwhile is not None and _closed(conn): raise e.ConnectionError('closed by the server')
                 if not idle: (conn := self.pool.make_connection()).connect()
                 conn.send_packed_command([data], check_health=False)
                 if meanwhile is not None: failed,meanwhile = _error_of(meanwhile),None

@@ -15,6 +15,7 @@ need('dramatiq', 'dramatiq')
 import copy, json, logging, re, threading, time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import ceil, inf
 from secrets import token_hex
 from typing import Any
@@ -57,6 +58,11 @@ def _rabbit_sender(broker, wait):
         if p.blocked_connection_timeout is None: p.blocked_connection_timeout = wait
         if p.heartbeat is None: p.heartbeat = 10
     return broker
+
+def _rabbit_properties(broker):
+    "What makes the properties of a message, unless somebody has put an `enqueue` of their own before Dramatiq's."
+    from pika import BasicProperties
+    return partial(BasicProperties, delivery_mode=2) if broker.enqueue.__module__.startswith('dramatiq.') else None
 
 # %% ../../nbs/api/54_dramatiq.ipynb #81a35c20
 def _is(o, *kinds):
@@ -146,7 +152,7 @@ class DramatiqBackend(Engine):
         self.ack_timeout,self.wait = seconds(ack_timeout, 'ack_timeout'),wait
         super().__init__(_records(self.broker, records, wait))
         self.on_redis,self.line,self._ack = _is(self.broker, 'RedisBroker'),None,None
-        self._patterns = {}
+        self._patterns,self._properties = {},None
         self._prepare()
         self.supports_priority,self.supports_all_or_none = bool(getattr(self.broker, 'max_priority', 0)),self.on_redis
         self.instead = dict(self.instead, **_instead)
@@ -158,7 +164,9 @@ class DramatiqBackend(Engine):
     def _prepare(self):
         "Make the broker safe, and the way to it."
         self.sender = self.broker
-        if _is(self.broker, 'RabbitmqBroker'): _rabbit_sender(self.broker, self.wait)
+        if _is(self.broker, 'RabbitmqBroker'):
+            _rabbit_sender(self.broker, self.wait)
+            self._properties = _rabbit_properties(self.broker)
         if not self.on_redis: return
         self.broker.maintenance_chance = max(self.broker.maintenance_chance, 100_000) # in a million
         self.line = Link(impatient(self.broker.client, self.wait))
@@ -255,18 +263,38 @@ def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
     sent = []
     with self.reached(sent):
         for m,wait in parcels:
-            self._post(m, wait)
+            self._post(m, wait) if wait > 0 or self._properties is None else self._publish(m)
             sent.append(m.id)
 
 # %% ../../nbs/api/54_dramatiq.ipynb #dadf53de
+def _listens(middleware):
+    return any(getattr(type(middleware), f) is not getattr(Middleware, f) for f in ('before_enqueue', 'after_enqueue'))
+
+def _copied(data, m, **more): return encode(data | dict(more, args=(write_message(m),), message_id=m.id))
+
+@patch
+def _publish(self:DramatiqBackend, m):
+    "Send a message that is due to RabbitMQ."
+    from pika.exceptions import AMQPChannelError, AMQPConnectionError
+    at = m.task,m.queue,m.priority,len(self.broker.middleware)
+    if (pattern := self._patterns.get(at)) is None:
+        self._post(m, 0)
+        if not any(map(_listens, self.broker.middleware)):
+            self._patterns[at] = json.loads(_envelope(m).encode()),self._properties(priority=m.priority or None)
+        return
+    data,properties = pattern
+    body = _copied(data, m, message_timestamp=int(time.time()*1000))
+    try:
+        self.broker.declare_queue(m.queue, ensure=True) # if it is not known to be there
+        self.broker.channel.basic_publish('', m.queue, body, properties, mandatory=True)
+    except (AMQPConnectionError, AMQPChannelError): self._post(m, 0)
+
+# %% ../../nbs/api/54_dramatiq.ipynb #32048c61
 @patch
 def _catch(self:DramatiqBackend, m, wait) -> tuple:
     self._caught.here.commands = res = []
     self._post(m, wait)
     return res[0]
-
-def _listens(middleware):
-    return any(getattr(type(middleware), f) is not getattr(Middleware, f) for f in ('before_enqueue', 'after_enqueue'))
 
 @patch
 def _written(self:DramatiqBackend, m, wait) -> tuple:
@@ -279,8 +307,8 @@ def _written(self:DramatiqBackend, m, wait) -> tuple:
     (*head,_,_),data = pattern
     now,id = int(time.time()*1000),token_hex(16)
     head[5] = now # after EVALSHA, the script, one key and the name of what it is to do
-    more = dict(args=(write_message(m),), message_id=m.id, message_timestamp=now)
-    return *head,id,encode(data | more | dict(options=data['options'] | dict(redis_message_id=id)))
+    options = data['options'] | dict(redis_message_id=id)
+    return *head,id,_copied(data, m, message_timestamp=now, options=options)
 
 @patch
 def commands(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> list[tuple]:

@@ -1,5 +1,5 @@
 "Dramatiq with real brokers and real worker processes: what it promises, and what it does when something breaks."
-import signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 
 import dramatiq_app
 import live
@@ -74,6 +74,32 @@ def test_a_queue_that_another_engine_has_is_told(redis_url, rabbit_url, workers,
     was = stage.queue.store.last_event()
     with pytest.raises(BadOption, match='Another engine'): stage.queue.tasks['once'].enqueue('a')
     assert stage.queue.store.events(was)==[]
+    line.close()
+    stage.close()
+
+def test_a_copied_message_is_what_dramatiq_writes_and_arrives(redis_url, rabbit_url, workers, tmp_path, monkeypatch):
+    stage = Stage(rabbit_url, redis_url, workers, tmp_path)
+    line = pika.BlockingConnection(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
+    channel,written,broker = line.channel(),[],stage.broker
+    theirs = broker.enqueue
+    monkeypatch.setattr(broker, 'enqueue', lambda m, delay=None: (written.append(m.message_id), theirs(m, delay=delay)))
+    def sent(**options):
+        job = stage.queue.tasks['once'].using(**options).enqueue('a')
+        _,properties,body = channel.basic_get(stage.name, auto_ack=True)
+        m = json.loads(body)
+        text = json.loads(m.pop('args')[0])
+        assert (m.pop('message_id'), text['id'])==(job.id, job.id)
+        assert abs(m.pop('message_timestamp')/1000-time.time()) < 60
+        return job.id,m,properties.priority,properties.delivery_mode
+    for priority in 0, 5:
+        (id,*first),(_,*second) = sent(priority=priority),sent(priority=priority)
+        assert (first, first[1:], written.pop(), written)==(second, [priority or None, 2], id, [])
+    channel.queue_delete(stage.name)
+    assert [sent()[0]]==written # there is no such queue any more: Dramatiq makes it again
+    broker.connection.close()
+    assert sent()[0]==written[-1]
+    sent()
+    assert len(written)==2
     line.close()
     stage.close()
 
