@@ -199,13 +199,22 @@ class SharedFile:
 
 # %% ../nbs/api/15_file.ipynb #76105a47
 _from_parents = [] # never closed: closing a connection in a forked child drops its parent's locks
-_files = WeakSet()
+_files,_held = WeakSet(),[]
+
+def _hold():
+    "A child made in the midst of another thread's call would wait for ever for SQLite's own locks, which it inherits."
+    _held[:] = [lock for f in sorted(_files, key=id) for lock in (f._lock, f._rlock)]
+    for lock in _held: lock.acquire()
+
+def _go_on():
+    for lock in _held: lock.release()
 
 def _forked():
     "A forked child that held on to its parent's locks would keep the parent's workers alive."
+    _go_on()
     for f in tuple(_files): f._let_go()
 
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forked)
+if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_forked)
 
 # %% ../nbs/api/15_file.ipynb #c2626d3e
 @patch

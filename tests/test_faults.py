@@ -374,6 +374,28 @@ def test_what_a_forked_child_records_is_not_handed_to_its_parents_worker(path):
     assert ran(code, path)==['0', 'True', '1']
 
 @posix
+def test_forks_while_other_threads_write_and_read(path):
+    code = '''
+        import threading
+        store,going = SQLiteStore(sys.argv[1], 'process'),True
+        def write():
+            while going: store.add(calls())
+        def read():
+            while going: store.counts()
+        threads = [threading.Thread(target=f) for f in (write, write, read)]
+        for t in threads: t.start()
+        ended = 0
+        for _ in range(20):
+            if (child := os.fork())==0: signal.alarm(20); store.add(calls()); store.counts(); os._exit(0)
+            ended += os.waitpid(child, 0)[1]==0
+        going = False
+        for t in threads: t.join()
+        print(ended)
+        '''
+    assert ran(code, path)==['20']
+    assert sound(path)
+
+@posix
 def test_a_forked_child_does_not_keep_its_parents_worker_alive(path):
     "One that a task has made, say, and that outlives the worker"
     code = '''
