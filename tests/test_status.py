@@ -68,6 +68,7 @@ new MutationObserver(count).observe(document.documentElement, {childList: true, 
 
 def test_many_jobs_are_followed_over_one_line(browser, client):
     jobs = [start(client, n=1) for _ in range(12)] + [start(client, n=0, fail='no such row')]
+    assert soon(lambda: client.get(jobs[-1]).json()['state']=='dead') # else its end is news, and a note that stays
     page = Page(browser, client, *jobs)
     assert soon(lambda: page.states()==['running']*12+['dead'])
     assert soon(lambda: client.get('/stats').json()['readers']==1)
