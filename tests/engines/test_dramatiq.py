@@ -79,7 +79,7 @@ def test_a_queue_that_another_engine_has_is_told(redis_url, rabbit_url, workers,
 
 def test_a_copied_message_is_what_dramatiq_writes_and_arrives(redis_url, rabbit_url, workers, tmp_path, monkeypatch):
     stage = Stage(rabbit_url, redis_url, workers, tmp_path)
-    line = pika.BlockingConnection(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
+    line = live.rabbit_line()
     channel,written,broker = line.channel(),[],stage.broker
     theirs = broker.enqueue
     monkeypatch.setattr(broker, 'enqueue', lambda m, delay=None: (written.append(m.message_id), theirs(m, delay=delay)))
