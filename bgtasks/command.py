@@ -212,7 +212,7 @@ _which = click.argument('ids', metavar='ID…', nargs=-1, required=True)
 @click.command('status')
 @_place
 def show_status(place):
-    "Count the jobs, and tell what waits and why: bgtasks status app:queue"
+    "Count the jobs, and tell what waits: bgtasks status app:queue"
     with _told():
         queue = _queue_at(place)
         for state,n in queue.counts().items(): click.echo(f'{state:10}{n}')

@@ -168,6 +168,9 @@ def send(
     except smtplib.SMTPRecipientsRefused as e: raise _hopeless(server, _said(e.recipients), e.recipients) from None
     except (smtplib.SMTPSenderRefused, smtplib.SMTPDataError) as e:
         raise _hopeless(server, str(e), {'': (e.smtp_code, b'')}) from None
+    except smtplib.SMTPNotSupportedError as e:
+        raise NotDelivered(f"{server.host} can't do what was asked of it: {e} Is tls={server.tls!r} (SMTP_TLS) right? "
+                           "It may also be 'tls' or, where no one can listen, 'none'") from None
     except (smtplib.SMTPException, OSError) as e:
         raise NotDelivered(f'{server.host} did not take the mail: {e}') from None
     return _said(refused)

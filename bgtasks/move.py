@@ -94,8 +94,11 @@ def _known(target) -> str:
     backend = getattr(target, 'store', None)
     if isinstance(backend, Backend) and supports(backend, 'key'):
         return f'{backend!r} {getattr(backend, "records", "")}'
-    raise BadOption(f'move: {target!r} is no queue with a backend that records its jobs; without records, a job that '
-                    'is sent again after a crash would run twice')
+    if not isinstance(backend, Backend):
+        raise BadOption(f'move: {target!r} is not on an engine; the target must be a TaskQueue(CeleryBackend(app)) or '
+                        'a TaskQueue(DramatiqBackend(broker))')
+    raise BadOption(f'move: {target!r} keeps no records; without them, a job that is sent again after a crash would '
+                    'run twice. Give its backend a Redis for them: records=…')
 
 # %% ../nbs/api/44_move.ipynb #cd8e1517
 def move(
