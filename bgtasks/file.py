@@ -131,12 +131,13 @@ class SharedFile:
         self._open()
 
     def write(self,
-        verb:Callable,  # Called as `verb(connection, *args)`
-        *args:Any
+        verb:Callable,      # Called as `verb(connection, *args)`
+        *args:Any,
+        lazy:bool=False     # May a loss of power undo it? Then nobody waits for the disk
     ) -> Any: # What `verb` gives
         "Run `verb` in a writing transaction: all of it is committed, or nothing is."
         self._check()
-        with self._lock:
+        with self._lock, self._lazily(lazy and self.sync):
             cx = self._free()
             try:
                 cx.execute('BEGIN IMMEDIATE')
@@ -153,6 +154,14 @@ class SharedFile:
             self._over(True)
             if news or self._signals: self._tell(news)
         return out
+
+    @contextmanager
+    def _lazily(self, lazy):
+        if not lazy: yield; return
+        cx = self._free()
+        cx.execute('PRAGMA synchronous=NORMAL')
+        try: yield
+        finally: cx.execute('PRAGMA synchronous=FULL')
 
     def _over(self, committed):
         calls,self.after = self.after,[]

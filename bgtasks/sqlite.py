@@ -61,8 +61,8 @@ class SQLiteStore:
 
     def __repr__(self): return f'SQLiteStore({Path(self.path).name!r}, {self.durability!r})'
 
-    def _write(self, verb, *args):
-        try: return self.file.write(verb, *args)
+    def _write(self, verb, *args, **kw):
+        try: return self.file.write(verb, *args, **kw)
         except BaseException: self.lanes.forget(); raise # one may have been undone
 
 # %% ../nbs/api/21_sqlite.ipynb #c4ae7b15
@@ -185,7 +185,7 @@ def _bury(self:SQLiteStore, cx, broken):
 def claim(self:SQLiteStore, worker:str, tasks:Collection[str], queues:Collection[str]|None=None, *, limit:int=1,
         lease:float=30.0) -> list[Job]:
     "Take due jobs for a worker."
-    return self._write(self._claim, worker, tasks, queues, limit, lease)
+    return self._write(self._claim, worker, tasks, queues, limit, lease, lazy=True)
 
 # %% ../nbs/api/21_sqlite.ipynb #d4842bc5
 @patch
@@ -230,7 +230,7 @@ def _exchange(self:SQLiteStore, cx, done, worker, wants, queues, lease):
 def exchange(self:SQLiteStore, done:Sequence[Done], worker:str, wants:Sequence[tuple[Collection[str], int]],
              queues:Collection[str]|None=None, *, lease:float=30.0) -> tuple[list[bool], list[list[Job]]]:
     "Write down what came of attempts, and take due jobs, in one commit."
-    try: return self._write(self._exchange, done, worker, wants, queues, lease)
+    try: return self._write(self._exchange, done, worker, wants, queues, lease, lazy=not done)
     except _Late: return self.finish(done),self._write(self._exchange, [], worker, wants, queues, lease)[1]
 
 # %% ../nbs/api/21_sqlite.ipynb #77a93f85

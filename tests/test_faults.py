@@ -495,3 +495,21 @@ def test_a_payload_that_is_too_large_says_so(path):
         with pytest.raises(Exception, match='bytes|large|long'): task.enqueue('x'*100_000_000)
         assert queue.counts()[State.queued]==0
         task.enqueue('x')
+
+def test_a_claim_waits_for_no_disk_and_all_else_does(path, monkeypatch):
+    "With 'power' each commit is synced but that of a claim alone, also after trouble"
+    store = SQLiteStore(path)
+    level,seen = lambda: store.file._cx.pragma('synchronous'),[]
+    def noted(verb, real):
+        def run(*args): seen.append((verb, level())); return real(*args)
+        return run
+    for verb in ('_add', '_claim', '_finish'): monkeypatch.setattr(store, verb, noted(verb, getattr(store, verb)))
+    store.add(calls(2))
+    jobs = claim(store)
+    done = [Done(seq=j.seq, attempt=j.attempt, state=State.succeeded) for j in jobs]
+    store.exchange(done[:1], 'w', [(['t'], 1)])
+    assert seen==[('_add', 2), ('_claim', 1), ('_finish', 2), ('_claim', 2)] and level()==2
+    monkeypatch.setattr(store, '_claim', lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): claim(store)
+    assert level()==2
+    store.close()
