@@ -110,6 +110,7 @@ class ModelStore:
     def gone(self, jobs): return [p for p in jobs if not self._runs(*p)]
 
     def finish(self, done): return [self._finish(d) for d in done]
+    def stand_by(self, *_, **__): pass # a store need not do it
     def exchange(self, done, worker, wants, queues=None, *, lease=30.0):
         return self.finish(done),[self.claim(worker, tasks, queues, limit=n, lease=lease) for tasks,n in wants]
     def _finish(self, d):
