@@ -53,7 +53,7 @@ class Demo:
         assert soon(lambda: not alive(self.children)), alive(self.children)
         return self.proc.returncode,out,err
 
-def dashboard(demo):
+def dashboard_pid(demo):
     "The number of the process that serves the pages"
     ps = 'ps', '-wwo', 'pid=,args=', '--ppid', str(demo.proc.pid)
     out = subprocess.run(ps, capture_output=True, text=True).stdout
@@ -181,7 +181,7 @@ def test_who_kills_the_dashboard_is_told_how_it_goes_on(tmp_path, kept):
     "The demo itself says which process to kill; so that is no accident"
     data = ['--data', tmp_path/'kept.db'] if kept else []
     with Demo(tmp_path, '--port', 0, '--service-port', 0, *data) as demo:
-        pid = int(re.search(r'kill -9 (\d+)', demo.said)[1]) if kept else dashboard(demo)
+        pid = int(re.search(r'kill -9 (\d+)', demo.said)[1]) if kept else dashboard_pid(demo)
         os.kill(pid, signal.SIGKILL)
         _,err = demo.proc.communicate(timeout=20)
     assert err.startswith('Error: The dashboard was killed; ') and len(err.splitlines())==1
