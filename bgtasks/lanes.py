@@ -11,7 +11,9 @@ from functools import partial
 from heapq import nsmallest
 from typing import Any
 
-from .job import Job
+from msgspec.structs import replace
+
+from .job import Job, State
 
 # %% ../nbs/api/14_lanes.ipynb #31f78d8f
 class Lanes:
@@ -59,6 +61,9 @@ class Lanes:
 # %% ../nbs/api/14_lanes.ipynb #199ce4ad
 def _rank(job): return -job.priority, job.seq
 
+def _begun(job, worker):
+    return replace(job, state=State.running, attempt=1, worker=worker, started_at=job.created_at)
+
 class Orders:
     "What workers of this process would take, that have nothing to do."
     def __init__(self): self.open,self.given = {},{} # by worker; and the jobs that are on their way to it
@@ -78,23 +83,24 @@ class Orders:
         else: self.open.pop(worker, None)
 
     def serve(self,
-        jobs:Sequence[Job],     # That have just been added
+        jobs:Sequence[Job],     # That are about to be recorded
         paused:Collection[str], # Queues from which nothing is claimed
-        claim:Callable,         # `claim(worker, jobs, lease)`: claims those that are due, and gives them
         after:list              # For what is to be called when the transaction is over, with whether it was committed
-    ) -> set[int]: # The seq of all jobs that were claimed
-        "Claim for those who would take such jobs, the highest priority first."
-        served = set()
+    ) -> list[tuple[Job, float]]: # Those that begin at once, as they do; and the seconds of their leases
+        "Give those that are due to those who would take such jobs, the highest priority first."
+        free = {j.seq:j for j in jobs if not j.after and j.run_at <= j.created_at and j.queue not in paused}
+        begun = []
         for worker,order in list(self.open.items()):
             wants,queues,lease,_ = order
-            fit = [j for j in jobs if j.seq not in served and j.queue not in paused
-                   and (queues is None or j.queue in queues)]
-            got = [claim(worker, nsmallest(n, [j for j in fit if j.task in o], _rank), lease) for o,n in wants]
+            got = []
+            for tasks,n in wants:
+                fit = [j for j in free.values() if j.task in tasks and (queues is None or j.queue in queues)]
+                got.append([_begun(free.pop(j.seq), worker) for j in nsmallest(n, fit, _rank)])
             if not any(got): continue
             self.open.pop(worker, None)
             after.append(partial(self._over, worker, order, got))
-            served.update(j.seq for o in got for j in o)
-        return served
+            begun += [(j, lease) for o in got for j in o]
+        return begun
 
     def _over(self, worker, order, jobs, committed):
         if not committed: self.open.setdefault(worker, order); return

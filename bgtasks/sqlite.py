@@ -22,8 +22,8 @@ from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, tex
 from .retry import after_crash
 from .schema import up_to_date
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
-    cancel_jobs, claim_all, claim_new, claimed, corrupt, due, due_lanes, end_attempts, ends, first_due, forget, held,
-    insert_sql, job_sql, keep_notices, keep_progress, prolong, queue_again, readable, states, to_tell)
+    cancel_jobs, claim_all, claimed, corrupt, due, due_lanes, end_attempts, ends, first_due, forget, held,
+    insert_sql, job_sql, keep_notices, keep_progress, note_begun, prolong, queue_again, readable, states, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
 class SQLiteStore:
@@ -68,14 +68,24 @@ class SQLiteStore:
 # %% ../nbs/api/21_sqlite.ipynb #c4ae7b15
 @patch
 def _add(self:SQLiteStore, cx, calls):
-    now,self.file.news = self.clock(),True
-    if any(c.key is not None for c in calls): return self._add_keyed(cx, calls)
-    last,at = last_number(cx)
+    return self._add_keyed(cx, calls) if any(c.key is not None for c in calls) else self._record(cx, calls)
+
+@patch
+def _record(self:SQLiteStore, cx, calls):
+    "Record calls, those that somebody waits for as running."
+    (last,at),now = last_number(cx),self.clock()
     self.lanes.read(cx, at)
     lanes = {k: self.lanes.number(cx, k) for k in {(c.task, c.queue) for c in calls}}
-    cx.executemany(insert_sql, [as_row(c, n, lanes[c.task, c.queue], now) for n,c in enumerate(calls, last+1)])
-    keep_notices(cx, calls, last+1)
     jobs = [as_new_job(c, n, now) for n,c in enumerate(calls, last+1)]
+    rows = [as_row(j, c.payload, lanes[j.task, j.queue]) for c,j in zip(calls, jobs)]
+    begun = self.orders.serve(jobs, self.lanes.paused, self.file.after) if self.orders.open else []
+    for j,lease in begun:
+        n = j.seq-last-1
+        rows[n] = as_row(j, calls[n].payload, lanes[j.task, j.queue], self.ticks()+lease)
+    cx.executemany(insert_sql, rows)
+    if begun: note_begun(cx, [j for j,_ in begun], last+len(jobs)+1)
+    self.file.news = self.file.news or len(begun) < len(jobs)
+    keep_notices(cx, calls, last+1)
     if not (waiting := [j for j in jobs if j.after]): return jobs
     self._tell(cx, [s for j in waiting for s in await_parents(cx, j, now)])
     now_so = {j.id:j for j in self._jobs(cx, [j.id for j in waiting])}
@@ -90,10 +100,9 @@ def _add_keyed(self:SQLiteStore, cx, calls):
     known = dict(cx.execute(f'SELECT key,id FROM jobs WHERE st<4 AND key {json_in}', (keys,)).fetchall())
     first = {c.key:c.id for c in reversed(calls) if c.key is not None} | known
     ids = [c.id if c.key is None else first[c.key] for c in calls]
-    self._add(cx, [structs.replace(c, key=None) for c,i in zip(calls, ids) if c.id==i])
-    cx.executemany('UPDATE jobs SET key=? WHERE id=?', [(k, i) for k,i in first.items() if k not in known])
-    jobs = {j.id:j for j in self._jobs(cx, ids)}
-    return [jobs[i] for i in ids]
+    jobs = self._record(cx, [c for c,i in zip(calls, ids) if c.id==i]) + self._jobs(cx, known.values())
+    by_id = {j.id:j for j in jobs}
+    return [by_id[i] for i in ids]
 
 @patch
 def _tell(self:SQLiteStore, cx, seqs):
@@ -101,19 +110,9 @@ def _tell(self:SQLiteStore, cx, seqs):
     if calls := to_tell(cx, seqs): self._add(cx, calls)
 
 @patch
-def _add_and_serve(self:SQLiteStore, cx, calls):
-    jobs = self._add(cx, calls)
-    if not self.orders.open: return jobs
-    claim = lambda worker, jobs, lease: claim_new(cx, jobs, worker, self.clock(), self.ticks()+lease)
-    new = [j for c,j in zip(calls, jobs) if j.id==c.id] # not what was there for its key
-    served = self.orders.serve(new, self.lanes.paused, claim, self.file.after)
-    if served and served.issuperset(j.seq for j in jobs): self.file.news = False
-    return jobs
-
-@patch
 def add(self:SQLiteStore, calls:Sequence[Call]) -> list[Job]:
     "Record `calls` in one commit, all or none; they are on the disk when this returns."
-    return self._write(self._add_and_serve, calls) if calls else []
+    return self._write(self._add, calls) if calls else []
 
 # %% ../nbs/api/21_sqlite.ipynb #8b0d97dd
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'job_sql', 'insert_sql',
-           'as_job', 'corrupt', 'readable', 'as_row', 'as_new_job', 'held', 'prolong', 'keep_progress', 'due_lanes',
-           'due', 'first_due', 'claim_all', 'claim_new', 'claimed', 'cancel_jobs', 'after_end', 'await_parents',
+           'as_job', 'corrupt', 'readable', 'as_new_job', 'as_row', 'held', 'prolong', 'keep_progress', 'due_lanes',
+           'due', 'first_due', 'claim_all', 'note_begun', 'claimed', 'cancel_jobs', 'after_end', 'await_parents',
            'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
@@ -78,20 +78,6 @@ def readable(
         return as_job(row)
 
 # %% ../nbs/api/14_tables.ipynb #a5ddbf99
-insert_sql = """INSERT INTO jobs(seq,id,lane,st,priority,run_at,created_at,retries,timeout,keep,key,after,payload)
-VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)"""
-
-def as_row(
-    c:Call,     # The call
-    seq:int,    # Its place
-    lane:int,   # Its task and queue
-    now:float   # Seconds since 1970
-) -> tuple: # For `insert_sql`
-    "Make a row of a call."
-    st = BLOCKED if c.after else LATER if c.run_at is not None and c.run_at > now else DUE
-    return (seq, c.id, lane, st, c.priority, c.run_at or now, now, c.retries, c.timeout, c.keep, c.key,
-            json.encode(c.after) if c.after else None, c.payload)
-
 def as_new_job(
     c:Call,     # The call
     seq:int,    # Its place
@@ -102,6 +88,20 @@ def as_new_job(
     return Job(id=c.id, task=c.task, queue=c.queue, args=tuple(args), kwargs=kwargs, priority=c.priority,
                run_at=c.run_at or now, created_at=now, retries=c.retries, timeout=c.timeout, key=c.key, after=c.after,
                keep=c.keep, seq=seq)
+
+insert_sql = """INSERT INTO jobs(seq,id,lane,st,priority,run_at,created_at,retries,timeout,keep,key,after,payload,
+attempt,worker,started_at,until) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
+
+def as_row(
+    j:Job,                  # As it is to be recorded
+    payload:bytes,          # Its arguments
+    lane:int,               # Its task and queue
+    until:float|None=None   # End of its lease, if it is claimed already
+) -> tuple: # For `insert_sql`
+    "Make a row of a new record."
+    st = BLOCKED if j.after else LATER if j.run_at > j.created_at else DUE if until is None else RUNNING
+    return (j.seq, j.id, lane, st, j.priority, j.run_at, j.created_at, j.retries, j.timeout, j.keep, j.key,
+            json.encode(j.after) if j.after else None, payload, j.attempt, j.worker, j.started_at, until)
 
 # %% ../nbs/api/14_tables.ipynb #0678b53f
 def held(
@@ -191,21 +191,14 @@ def claim_all(
     cx.execute(_claim, (worker, now, until, json_list(seqs)))
     note_all(cx, 'running', seqs, now)
 
-def claim_new(
+def note_begun(
     cx:Any,             # A connection in a transaction
-    jobs:Sequence[Job], # As just recorded
-    worker:str,         # Who would have them
-    now:float,          # Seconds since 1970
-    until:float         # End of the leases, in the seconds that they are counted in
-) -> list[Job]: # Those that were due, as they are now
-    "Claim jobs of the same transaction."
-    if not jobs: return []
-    rows = cx.execute(_claim + ' AND st=1 RETURNING seq', (worker, now, until, json_list(j.seq for j in jobs)))
-    taken = {s for s, in rows.fetchall()}
-    jobs = [structs.replace(j, state=State.running, attempt=j.attempt+1, worker=worker, started_at=now)
-            for j in jobs if j.seq in taken]
-    note_all(cx, 'running', [j.seq for j in jobs], now)
-    return jobs
+    jobs:Sequence[Job], # Recorded as running
+    number:int          # The first that is free
+):
+    "Write the events of those that began at once."
+    cx.executemany("INSERT INTO events(id,seq,kind,attempt,at) VALUES(?,?,'running',1,?)",
+                   [(n, j.seq, j.started_at) for n,j in enumerate(jobs, number)])
 
 # %% ../nbs/api/14_tables.ipynb #48d65850
 _large = 20_000 # bytes; in place of such a payload stands a blob, which JSON can't hold
