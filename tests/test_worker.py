@@ -261,6 +261,8 @@ def test_a_standing_order_brings_no_old_job_that_has_the_key(tmp_path):
         old = task.enqueue()
         q.store.stand_by('w', [(['t'], 5)], give=given.append)
         assert task.enqueue().id==old.id and not given and q.get(old).state is State.queued
+        task.using(key='other').enqueue() # one that is new comes, with its key
+        assert given==[[[q.get(q.find(limit=1)[0])]]] and given[0][0][0].key=='other'
 
 class Server(Command):
     "An app under uvicorn, in a process of its own, with a worker in its lifespan"
