@@ -9,6 +9,7 @@ __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED
            'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -201,15 +202,17 @@ def note_begun(
                    [(n, j.seq, j.started_at) for n,j in enumerate(jobs, number)])
 
 # %% ../nbs/api/14_tables.ipynb #48d65850
-_large = 20_000 # bytes; in place of such a payload stands a blob, which JSON can't hold
-_payload = f"iif(length(j.payload)>{_large}, x'', CAST(j.payload AS TEXT))"
+_large,_jobs = 20_000,json.Decoder(list[Job]) # bytes; what reads the text
 _of_claimed = 'FROM json_each(?) n CROSS JOIN jobs j ON j.seq=n.value CROSS JOIN lanes l ON l.lane=j.lane'
-_claimed = f"""SELECT json_group_array(json_object('id', j.id, 'task', l.task, 'queue', l.queue, 'args', {_payload}->0,
-'kwargs', {_payload}->1, 'state', 'running', 'priority', j.priority, 'run_at', j.run_at, 'created_at', j.created_at,
-'started_at', j.started_at, 'attempt', j.attempt, 'lost', j.lost, 'crashes', j.crashes, 'retries', j.retries,
-'timeout', j.timeout, 'key', j.key, 'after', json(ifnull(CAST(j.after AS TEXT), '[]')), 'keep', j.keep,
-'error', json(CAST(j.error AS TEXT)), 'worker', j.worker, 'seq', j.seq)) {_of_claimed}"""
-_jobs = json.Decoder(list[Job])
+_usual = """'id', j.id, 'task', l.task, 'queue', l.queue, 'args', CAST(j.payload AS TEXT)->0, 'kwargs',
+CAST(j.payload AS TEXT)->1, 'state', 'running', 'priority', j.priority, 'run_at', j.run_at, 'created_at', j.created_at,
+'started_at', j.started_at, 'attempt', j.attempt, 'retries', j.retries, 'keep', j.keep,
+'worker', j.worker, 'seq', j.seq"""
+_rare = """'lost', j.lost, 'crashes', j.crashes, 'timeout', j.timeout, 'key', j.key,
+'after', json(ifnull(CAST(j.after AS TEXT), '[]')), 'error', json(CAST(j.error AS TEXT))"""
+_claimed = f"""SELECT json_group_array(CASE WHEN length(j.payload)>{_large} THEN 0
+WHEN j.lost IS 0 AND j.crashes IS 0 AND coalesce(j.timeout, j.key, j.after, j.error) IS NULL THEN json_object({_usual})
+ELSE json_object({_usual}, {_rare}) END) {_of_claimed}"""
 
 def claimed(
     cx:Any,             # A connection in a transaction
@@ -316,13 +319,11 @@ def queue_again(
         while rows := cx.execute(_would_wait, (s,)).fetchall(): line.append(put(rows[0][0], BLOCKED, rows[0][1]))
 
 # %% ../nbs/api/14_tables.ipynb #d34a6712
-_ended = f"""UPDATE jobs SET st=d.st, finished_at=?1, until={_kept}, value=CAST(d.value AS BLOB),
-error=CAST(d.error AS BLOB) FROM (SELECT value->>0 seq, value->>1 attempt, value->>2 st, value->>3 value,
-  value->>4 error FROM json_each(?2)) d
-WHERE jobs.seq=d.seq AND jobs.attempt=d.attempt AND jobs.st=2"""
+_succeeded = f"""UPDATE jobs SET st={SUCCEEDED}, finished_at=?1, until={_kept}, value=CAST(d.value AS BLOB), error=NULL
+FROM json_each(?2) d WHERE jobs.seq=CAST(d.key AS INTEGER) AND jobs.attempt=?3 AND jobs.st=2"""
 
-_ended_large = (f'UPDATE jobs SET finished_at=?1, until={_kept}, st=?4, value=CAST(?5 AS BLOB), error=CAST(?6 AS BLOB) '
-                'WHERE seq=?2 AND attempt=?3 AND st=2')
+_ended = (f'UPDATE jobs SET finished_at=?1, until={_kept}, st=?4, value=CAST(?5 AS BLOB), error=CAST(?6 AS BLOB) '
+          'WHERE seq=?2 AND attempt=?3 AND st=2')
 
 _again = ('UPDATE jobs SET st=?, run_at=?, lost=lost+?, error=ifnull(CAST(? AS BLOB),error), until=NULL '
           'WHERE seq=? AND attempt=? AND st=2')
@@ -333,22 +334,22 @@ def end_attempts(
     now:float           # Seconds since 1970
 ) -> tuple[bool, list[int]]|None: # Did any job become due? seq of all that ended; or `None`: undo the transaction
     "Write down what came of attempts, and what follows for others; `None` if one of them no longer runs."
-    before,ended,again,facts = cx.total_changes(),[],[],[]
+    before,together,single,again,facts = cx.total_changes(),defaultdict(dict),[],[],[]
     for d in done:
-        error = None if d.error is None else text(d.error)
-        facts.append((d.seq, d.state.value, d.attempt, error))
+        value,error = None if d.value is None else d.value.decode(),None if d.error is None else text(d.error)
+        if d.state is not State.succeeded: facts.append((d.seq, d.state.value, d.attempt, error))
         if d.state is State.queued:
             run_at = now if d.run_at is None else d.run_at
             again.append((LATER if run_at > now else DUE, run_at, not d.counts, error, d.seq, d.attempt))
-        else: ended.append((d.seq, d.attempt, ends[d.state], None if d.value is None else d.value.decode(), error))
-    large = [e for e in ended if e[3] is not None and len(e[3]) > _large]
-    small = [e for e in ended if e not in large] if large else ended
-    if small: cx.execute(_ended, (now, json_list(small)))
-    cx.executemany(_ended_large, [(now, *e) for e in large])
+        elif d.state is State.succeeded and len(value or '') <= _large: together[d.attempt][d.seq] = value
+        else: single.append((now, d.seq, d.attempt, ends[d.state], value, error))
+    for attempt,values in together.items(): cx.execute(_succeeded, (now, text(values), attempt))
+    cx.executemany(_ended, single)
     cx.executemany(_again, again)
     if cx.total_changes()-before != len(done): return None
+    good,bad = ([d.seq for d in done if d.state in o] for o in ((State.succeeded,), (State.dead, State.cancelled)))
+    note_all(cx, State.succeeded, good, now)
     note(cx, facts, now)
-    good,bad = [e[0] for e in ended if e[2]==SUCCEEDED],[e[0] for e in ended if e[2] != SUCCEEDED]
     freed,cancelled = after_end(cx, good, bad, now)
     return freed or bool(again), good+bad+cancelled
 

@@ -51,7 +51,7 @@ class Lane:
 
     def wants(self) -> int:
         "Tell how many jobs to claim."
-        ahead = min(int(self.rate*.02), 4*self.limit)
+        ahead = min(int(self.rate*.05), 40*self.limit)
         room = self.limit + ahead - self.running - len(self.ready)
         return room if self.names and room > ahead//2 else 0
 

@@ -23,7 +23,7 @@ from .periodic import Periodic
 from .report import Reports, keep_logs
 from .run import _limits, set_limits
 from .signals import on_signals
-from .threads import Threads, from_threads
+from .threads import Threads, from_threads, quick_turns
 from .turn import Lane, Running, Turn, check_numbers, queue_names
 
 # %% ../nbs/api/40_worker.ipynb #12e06ed5
@@ -281,12 +281,6 @@ async def _rest(self:Worker):
 
 # %% ../nbs/api/40_worker.ipynb #7af55438
 @patch
-async def _linger(self:Worker):
-    "Let what is at hand on the loop come to its end."
-    end = monotonic()+.002
-    while self._lanes[None].ready and monotonic() < end: await asyncio.sleep(0)
-
-@patch
 async def _pump(self:Worker):
     "Take turn after turn."
     while not self._closed:
@@ -298,7 +292,6 @@ async def _pump(self:Worker):
 @patch
 async def _take_turn(self:Worker):
     await self._rest()
-    await self._linger()
     self._turn = turn = self._gather(monotonic())
     try: await self.queue.do(turn.take, self.queue.store)
     except Exception as e: turn.error = e
@@ -391,7 +384,7 @@ async def run(self:Worker,
 ):
     "Take jobs until told to stop by a signal, or until none is due."
     async with self:
-        with on_signals(self._loop, self._told.set):
+        with on_signals(self._loop, self._told.set), quick_turns():
             ends = [asyncio.ensure_future(o.wait()) for o in [self._told]+[self._empty]*until_empty]
             try: await asyncio.wait([self._pump_task, *ends], return_when=asyncio.FIRST_COMPLETED)
             finally:
