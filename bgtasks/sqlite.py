@@ -8,7 +8,6 @@ __all__ = ['SQLiteStore']
 # %% ../nbs/api/21_sqlite.ipynb #599bb0f8
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -22,7 +21,7 @@ from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, tex
 from .retry import after_crash
 from .schema import up_to_date
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
-    cancel_jobs, claim_all, claimed, corrupt, due, due_lanes, end_attempts, ends, first_due, forget, held,
+    cancel_jobs, claim_all, claimed, corrupt, due, end_attempts, ends, first_due, forget, held,
     insert_sql, job_sql, keep_notices, keep_progress, note_begun, prolong, queue_again, readable, states, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
@@ -164,9 +163,7 @@ def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|Non
 @patch
 def _claim(self:SQLiteStore, cx, worker, tasks, queues, limit, lease):
     now,lanes = self.clock(),self.lanes.open(cx, tasks, queues)
-    found = [due(cx, lane, limit) for lane in due_lanes(cx, lanes, limit, now)]
-    seqs = [seq for _,seq in (found[0] if len(found)==1 else sorted(chain(*found))[:limit])]
-    if not seqs: return []
+    if not (seqs := due(cx, lanes, limit, now)): return []
     claim_all(cx, seqs, worker, now, self.ticks()+lease)
     jobs,broken = claimed(cx, seqs, fetch)
     if broken: self._bury(cx, broken)

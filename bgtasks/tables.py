@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'job_sql', 'insert_sql',
-           'as_job', 'corrupt', 'readable', 'as_new_job', 'as_row', 'held', 'prolong', 'keep_progress', 'due_lanes',
-           'due', 'first_due', 'claim_all', 'note_begun', 'claimed', 'cancel_jobs', 'after_end', 'await_parents',
+           'as_job', 'corrupt', 'readable', 'as_new_job', 'as_row', 'held', 'prolong', 'keep_progress', 'due',
+           'first_due', 'claim_all', 'note_begun', 'claimed', 'cancel_jobs', 'after_end', 'await_parents',
            'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from msgspec import json, structs
@@ -142,28 +143,23 @@ def keep_progress(
 # %% ../nbs/api/14_tables.ipynb #b0b3ae9b
 _first = 'SELECT {} FROM jobs WHERE st=1 AND lane=l.value ORDER BY priority DESC, seq LIMIT 1'
 _best = f'''SELECT value FROM (SELECT value, ({_first.format('priority')}) p, ({_first.format('seq')}) s
-FROM json_each(?) l) WHERE s IS NOT NULL ORDER BY p DESC, s LIMIT ?'''
+FROM json_each(?1) l) WHERE s IS NOT NULL ORDER BY p DESC, s LIMIT ?2'''
+_due = """SELECT (SELECT json_group_array(json_array(iif(typeof(priority)='integer', -priority, 0), seq)) FROM
+(SELECT priority, seq FROM jobs WHERE st=1 AND lane=l.value ORDER BY priority DESC, seq LIMIT ?2)) FROM {} l"""
+_of_few,_of_many = _due.format('json_each(?1)'),_due.format(f'({_best})')
 
-def due_lanes(
+def due(
     cx:Any,                 # A connection in a transaction
     lanes:Sequence[int],    # Lanes to look at
     limit:int,              # How many jobs are wanted
     now:float               # Seconds since 1970
-) -> list[int]: # Some of them, the one with the best job first
-    "Make due what was to run later and has come of age; give the lanes that have what is wanted."
-    cx.execute(f'UPDATE jobs SET st=1 WHERE st=0 AND run_at<=? AND lane {json_in}', (now, json_list(lanes)))
-    return lanes if len(lanes)==1 else [n for n, in cx.execute(_best, (json_list(lanes), limit)).fetchall()]
-
-_due = """SELECT json_group_array(json_array(iif(typeof(priority)='integer', -priority, 0), seq)) FROM
-(SELECT priority, seq FROM jobs WHERE st=1 AND lane=? ORDER BY priority DESC, seq LIMIT ?)"""
-
-def due(
-    cx:Any,         # A connection
-    lane:int,       # The lane
-    limit:int       # How many at most
-) -> list[list[int]]: # Each the priority with its sign turned, and the seq; so they sort as they are to run
-    "Tell which jobs are due in a lane; the index alone knows."
-    return json.decode(cx.execute(_due, (lane, limit)).fetchall()[0][0])
+) -> list[int]: # The seq of each, in the order in which they are to run
+    "Make due what was to run later and has come of age; tell which jobs are due."
+    numbers = json_list(lanes)
+    cx.execute(f'UPDATE jobs SET st=1 WHERE st=0 AND run_at<=? AND lane {json_in}', (now, numbers))
+    rows = cx.execute(_of_few if len(lanes) < 20 else _of_many, (numbers, limit)).fetchall()
+    found = [json.decode(r) for r, in rows]
+    return [seq for _,seq in (found[0] if len(found)==1 else sorted(chain(*found))[:limit])]
 
 # %% ../nbs/api/14_tables.ipynb #a358c0d9
 _any_due = 'SELECT 1 FROM json_each(?) l WHERE EXISTS(SELECT 1 FROM jobs WHERE st=1 AND lane=l.value) LIMIT 1'
