@@ -123,6 +123,15 @@ def _(t):
     t.one(task='u'); wait(); t.store.stand_by('w'); t.one(task='u')
     yield (len(got), t.states(jobs[2])), (1, ['queued'])
 
+@_promise('cancel: takes back a job that has been handed to a worker that stands by, and has not begun there')
+def _(t):
+    got = []
+    t.store.stand_by('w', [(['t'], 2)], give=got.append)
+    jobs = t.add(2)
+    if not got: return
+    t.store.cancel(jobs[0].id)
+    yield [_ids(o) for o in got[0]], [_ids(jobs[1:])]
+
 @_promise('next_due: seconds until a claim may give something, `None` if nothing waits')
 def _(t):
     yield t.store.next_due(['t']), None

@@ -80,6 +80,8 @@ def fetch(
     return [tuple(map(_as_text, r)) for r in rows]
 
 # %% ../nbs/api/15_file.ipynb #72522526
+_files = WeakSet() # all that this process has open
+
 class SharedFile:
     "An SQLite file, or one in memory, with one connection to write and one to read."
     def __init__(self,
@@ -208,7 +210,7 @@ class SharedFile:
 
 # %% ../nbs/api/15_file.ipynb #76105a47
 _from_parents = [] # never closed: closing a connection in a forked child drops its parent's locks
-_files,_held = WeakSet(),[]
+_held = []
 
 def _hold():
     "A child made in the midst of another thread's call would wait for ever for SQLite's own locks, which it inherits."

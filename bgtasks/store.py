@@ -32,8 +32,9 @@ class Store(Protocol):
     def stand_by(self, worker:str, wants:Sequence[tuple[Collection[str], int]]=(),
                  queues:Collection[str]|None=None, *, lease:float=30.0, give:Callable|None=None) -> None:
         """Claim for `worker`, of the jobs that the next `add` of this process brings for it, each of `wants` (tasks,
-        limit), in the same commit; then call `give` with the jobs of each, once, in any thread. Without `wants`: no
-        longer. A worker that stands by goes on looking, so a store need not do this: then jobs start later."""
+        limit), in the same commit; then call `give` with the jobs of each, once, in any thread; a job that is
+        cancelled before it has begun is taken out of these lists. Without `wants`: no longer. A worker that stands by
+        goes on looking, so a store need not do this: then jobs start later."""
 
     def renew(self, worker:str, jobs:Iterable[tuple[int, int]], lease:float=30.0) -> list[tuple[int, int]]:
         """Prolong the leases of these (seq, attempt) pairs; give those that this worker no longer holds (cancelled,
