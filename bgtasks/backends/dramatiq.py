@@ -15,7 +15,6 @@ need('dramatiq', 'dramatiq')
 import copy, json, logging, re, threading, time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import ceil, inf
 from secrets import token_hex
 from typing import Any
@@ -33,6 +32,7 @@ from ..errors import BackendUnavailable, BadOption, Unsupported
 from ..job import Done, Failure, State
 from ..link import Link, impatient
 from ..message import Message, read_message, write_message
+from ..publisher import Publisher
 from ..records import Records
 from ..schedule import seconds
 
@@ -59,10 +59,9 @@ def _rabbit_sender(broker, wait):
         if p.heartbeat is None: p.heartbeat = 10
     return broker
 
-def _rabbit_properties(broker):
-    "What makes the properties of a message, unless somebody has put an `enqueue` of their own before Dramatiq's."
-    from pika import BasicProperties
-    return partial(BasicProperties, delivery_mode=2) if broker.enqueue.__module__.startswith('dramatiq.') else None
+def _publisher(broker):
+    "What sends copied messages, unless somebody has put an `enqueue` of their own before Dramatiq's."
+    return Publisher(broker.parameters) if broker.enqueue.__module__.startswith('dramatiq.') else None
 
 # %% ../../nbs/api/54_dramatiq.ipynb #81a35c20
 def _is(o, *kinds):
@@ -152,7 +151,7 @@ class DramatiqBackend(Engine):
         self.ack_timeout,self.wait = seconds(ack_timeout, 'ack_timeout'),wait
         super().__init__(_records(self.broker, records, wait))
         self.on_redis,self.line,self._ack = _is(self.broker, 'RedisBroker'),None,None
-        self._patterns,self._properties = {},None
+        self._patterns,self._publisher = {},None
         self._prepare()
         self.supports_priority,self.supports_all_or_none = bool(getattr(self.broker, 'max_priority', 0)),self.on_redis
         self.instead = dict(self.instead, **_instead)
@@ -166,7 +165,7 @@ class DramatiqBackend(Engine):
         self.sender = self.broker
         if _is(self.broker, 'RabbitmqBroker'):
             _rabbit_sender(self.broker, self.wait)
-            self._properties = _rabbit_properties(self.broker)
+            self._publisher = _publisher(self.broker)
         if not self.on_redis: return
         self.broker.maintenance_chance = max(self.broker.maintenance_chance, 100_000) # in a million
         self.line = Link(impatient(self.broker.client, self.wait))
@@ -263,7 +262,7 @@ def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
     sent = []
     with self.reached(sent):
         for m,wait in parcels:
-            self._post(m, wait) if wait > 0 or self._properties is None else self._publish(m)
+            self._post(m, wait) if wait > 0 or self._publisher is None else self._publish(m)
             sent.append(m.id)
 
 # %% ../../nbs/api/54_dramatiq.ipynb #dadf53de
@@ -275,19 +274,25 @@ def _copied(data, m, **more): return encode(data | dict(more, args=(write_messag
 @patch
 def _publish(self:DramatiqBackend, m):
     "Send a message that is due to RabbitMQ."
-    from pika.exceptions import AMQPChannelError, AMQPConnectionError
+    from pika import BasicProperties
     at = m.task,m.queue,m.priority,len(self.broker.middleware)
     if (pattern := self._patterns.get(at)) is None:
         self._post(m, 0)
         if not any(map(_listens, self.broker.middleware)):
-            self._patterns[at] = json.loads(_envelope(m).encode()),self._properties(priority=m.priority or None)
+            properties = BasicProperties(delivery_mode=2, priority=m.priority or None)
+            self._patterns[at] = json.loads(_envelope(m).encode()),properties
         return
     data,properties = pattern
     body = _copied(data, m, message_timestamp=int(time.time()*1000))
-    try:
-        self.broker.declare_queue(m.queue, ensure=True) # if it is not known to be there
-        self.broker.channel.basic_publish('', m.queue, body, properties, mandatory=True)
-    except (AMQPConnectionError, AMQPChannelError): self._post(m, 0)
+    self.broker.declare_queue(m.queue, ensure=True) # if it is not known to be there
+    try: self._publisher.publish(m.queue, body, properties)
+    except OSError: self._post(m, 0)
+
+@patch
+def close(self:DramatiqBackend) -> None:
+    "Close the connections to the records, and those that send."
+    super(DramatiqBackend, self).close()
+    if self._publisher is not None: self._publisher.close()
 
 # %% ../../nbs/api/54_dramatiq.ipynb #32048c61
 @patch

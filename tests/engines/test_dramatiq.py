@@ -1,8 +1,10 @@
 "Dramatiq with real brokers and real worker processes: what it promises, and what it does when something breaks."
 import json, signal, subprocess, sys, time
+from contextlib import suppress
 
 import dramatiq_app
 import live
+import pika
 import pytest
 from live import until
 
@@ -10,6 +12,7 @@ from bgtasks import TaskQueue
 from bgtasks.conform import check_backend
 from bgtasks.errors import BackendUnavailable, BadOption
 from bgtasks.message import message_of
+from bgtasks.publisher import Publisher
 
 class Stage:
     "An app and its workers on one broker"
@@ -78,17 +81,18 @@ def test_a_queue_that_another_engine_has_is_told(redis_url, rabbit_url, workers,
     stage.close()
 
 def test_a_copied_message_is_what_dramatiq_writes_and_arrives(redis_url, rabbit_url, workers, tmp_path, monkeypatch):
-    stage = Stage(rabbit_url, redis_url, workers, tmp_path)
+    proxy = live.rabbit_proxy()
+    stage = Stage(live.rabbit_behind(proxy), redis_url, workers, tmp_path)
     line = live.rabbit_line()
     channel,written,broker = line.channel(),[],stage.broker
     theirs = broker.enqueue
     monkeypatch.setattr(broker, 'enqueue', lambda m, delay=None: (written.append(m.message_id), theirs(m, delay=delay)))
-    def sent(**options):
-        job = stage.queue.tasks['once'].using(**options).enqueue('a')
+    def sent(mark='a', **options):
+        job = stage.queue.tasks['once'].using(**options).enqueue(mark)
         _,properties,body = channel.basic_get(stage.name, auto_ack=True)
         m = json.loads(body)
         text = json.loads(m.pop('args')[0])
-        assert (m.pop('message_id'), text['id'])==(job.id, job.id)
+        assert (m.pop('message_id'), text['id'], text['payload'])==(job.id, job.id, [[mark], {}])
         assert abs(m.pop('message_timestamp')/1000-time.time()) < 60
         return job.id,m,properties.priority,properties.delivery_mode
     for priority in 0, 5:
@@ -96,12 +100,32 @@ def test_a_copied_message_is_what_dramatiq_writes_and_arrives(redis_url, rabbit_
         assert (first, first[1:], written.pop(), written)==(second, [priority or None, 2], id, [])
     channel.queue_delete(stage.name)
     assert [sent()[0]]==written # there is no such queue any more: Dramatiq makes it again
-    broker.connection.close()
-    assert sent()[0]==written[-1]
+    sent('x'*300_000)
+    proxy.down() # as when the server is restarted
+    proxy.up()
     sent()
-    assert len(written)==2
+    assert (len(written), channel.queue_declare(stage.name, passive=True).method.message_count)==(1, 0)
     line.close()
+    stage.queue.close()
+    proxy.down()
+    stage.url = live.RABBIT
     stage.close()
+
+def test_a_publisher_that_rabbitmq_has_closed_for_its_silence_goes_on(rabbit_url):
+    where = pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F')
+    where.heartbeat,name,publisher,line = 1,live.unique()+'q',Publisher(where),live.rabbit_line()
+    channel = line.channel()
+    channel.queue_declare(name, exclusive=True)
+    def send(text):
+        publisher.publish(name, text, pika.BasicProperties())
+        return publisher._free[0],channel.basic_get(name, auto_ack=True)[2]
+    first,got = send(b'a')
+    with suppress(ConnectionResetError):
+        while first.sock.recv(1000): pass # heartbeats, to which nobody answers
+    second,more = send(b'b')
+    assert (got, more, second is first, channel.basic_get(name))==(b'a', b'b', False, (None, None, None))
+    publisher.close()
+    line.close()
 
 def test_a_job_that_kills_its_workers_is_dead(stage):
     job = stage.queue.tasks['die'].enqueue()
