@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from anyio import to_thread
@@ -26,9 +26,7 @@ _most = 2000 # calls in one commit
 def _waiting(inbox):
     "Wait for something to do; give all that is there."
     items = [inbox.get()]
-    with suppress(Empty):
-        while len(items) < _most: items.append(inbox.get_nowait())
-    return items
+    return items + [inbox.get() for _ in range(min(inbox.qsize(), _most-1))] # nobody else takes from it
 
 def _attempt(verb, *args):
     "Give the answer of `verb` and its error; one of the two is `None`."

@@ -8,7 +8,7 @@ __all__ = ['fetch', 'SharedFile', 'boot_id']
 # %% ../nbs/api/15_file.ipynb #6034b824
 import ctypes, logging, os, random, socket, sys, threading, time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -139,7 +139,7 @@ class SharedFile:
     ) -> Any: # What `verb` gives
         "Run `verb` in a writing transaction: all of it is committed, or nothing is."
         self._check()
-        with self._lock, self._lazily(lazy and self.sync):
+        with self._lock, self._lazily() if lazy and self.sync else nullcontext():
             cx = self._free()
             try:
                 cx.execute('BEGIN IMMEDIATE')
@@ -158,8 +158,7 @@ class SharedFile:
         return out
 
     @contextmanager
-    def _lazily(self, lazy):
-        if not lazy: yield; return
+    def _lazily(self):
         cx = self._free()
         cx.execute('PRAGMA synchronous=NORMAL')
         try: yield
