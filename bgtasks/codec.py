@@ -159,10 +159,9 @@ def _annotated(annotation, names, default=inspect.Parameter.empty):
     except Exception: return Any
 
 # %% ../nbs/api/12_codec.ipynb #d85c140e
-class _Shape:
-    "All calls with the same number of positional arguments and the same names."
-    def __init__(self, types, names):
-        self.read = _reader(tuple[tuple[tuple(types)], TypedDict('_Names', names)])
+def _call_reader(types, names):
+    "What reads all calls with the same number of positional arguments and the same names."
+    return _reader(tuple[tuple[tuple(types)], TypedDict('_Names', names)])
 
 # %% ../nbs/api/12_codec.ipynb #7f1594b0
 class Codec:
@@ -172,7 +171,7 @@ class Codec:
         name:str|None=None,    # Name of the task; of the function if missing
         max_payload:int=2**20  # Bytes of JSON that a call, or a result, may have
     ):
-        self.name,self.max_payload,self.sig,self._shapes = name or task_name(func),max_payload,_signature(func),{}
+        self.name,self.max_payload,self.sig,self._readers = name or task_name(func),max_payload,_signature(func),{}
         params,space = self.sig.parameters.values(),_namespace(func)
         self.types = {p.name: _annotated(p.annotation, space, p.default) for p in params}
         self.result_type = _annotated(self.sig.return_annotation, space)
@@ -190,18 +189,18 @@ class Codec:
         at = self._pos[:len(args)] + [self._rest[0]]*(len(args)-len(self._pos))
         return at, {k: k if k in self._named else self._more[0] for k in kwargs}
 
-    def _shape(self, args, kwargs) -> _Shape:
+    def _new_reader(self, args, kwargs) -> Callable:
         "Bind a call of a shape that is new."
         try: self.sig.bind(*args, **kwargs)
         except TypeError as e: raise BadArguments(f'{self.name}: {e}; its signature is {self.sig}') from None
         at,by = self._names(args, kwargs)
-        shape = _Shape([self.types[p] for p in at], {k: self.types[p] for k,p in by.items()})
-        if len(self._shapes) > 200: self._shapes.clear() # a task that takes `**kwargs` may see any number of shapes
-        self._shapes[(len(args), *kwargs) if kwargs else len(args)] = shape
-        return shape
+        read = _call_reader([self.types[p] for p in at], {k: self.types[p] for k,p in by.items()})
+        if len(self._readers) > 200: self._readers.clear() # a task that takes `**kwargs` may see any number of shapes
+        self._readers[(len(args), *kwargs) if kwargs else len(args)] = read
+        return read
 
-    def _find(self, args, kwargs) -> _Shape:
-        return self._shapes.get((len(args), *kwargs) if kwargs else len(args)) or self._shape(args, kwargs)
+    def _reader(self, args, kwargs) -> Callable:
+        return self._readers.get((len(args), *kwargs) if kwargs else len(args)) or self._new_reader(args, kwargs)
 
     def encode(self,
         args:Sequence=(),            # Positional arguments
@@ -209,7 +208,7 @@ class Codec:
     ) -> bytes: # JSON: `[[positional…], {name: …}]`
         "Write down a call, or raise `BadArguments` that names the argument."
         call = tuple(args),kwargs
-        read = self._find(args, kwargs).read
+        read = self._reader(*call)
         try:
             raw = _write(call)
             if len(raw) <= self.max_payload and read(raw) == call: return raw
@@ -238,7 +237,7 @@ class Codec:
         kwargs:Mapping[str, Any]  # Those given by name
     ) -> tuple[tuple, dict]: # The arguments, as annotated
         "Make of plain values what the annotations say, or raise `Unusable` if the task takes them no more."
-        try: return self._find(args, kwargs).read(_write((args, kwargs))) # quicker than `msgspec.convert`
+        try: return self._reader(args, kwargs)(_write((args, kwargs))) # quicker than `msgspec.convert`
         except BadArguments as e: raise Unusable(f'The recorded arguments no longer fit: {e}') from None
         except Exception as e:
             raise Unusable(f'{self.name}: the recorded arguments no longer fit the signature {self.sig}: {e}') from None

@@ -41,7 +41,7 @@ def new_ids(
     n:int,                # How many
     now:float|None=None   # Seconds since 1970; the time of the call if missing
 ) -> list[str]: # Ids of 24 characters, safe in a URL
-    "Make `n` ids that nobody can guess and that sort by time."
+    "Make `n` ids that nobody can guess, and that lie side by side."
     stamp,dice = urlsafe_b64encode(_stamp(now)).decode(),urlsafe_b64encode(os.urandom(12*n)).decode()
     return [stamp+dice[i:i+16] for i in range(0, 16*n, 16)]
 

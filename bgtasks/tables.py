@@ -31,7 +31,7 @@ j.seq"""
 job_sql = f'SELECT {_columns} FROM jobs j LEFT JOIN lanes l ON l.lane=j.lane ' # LEFT: the lane may be damaged
 
 # %% ../nbs/api/14_tables.ipynb #49de3766
-_call,_error,_progress = json.Decoder(tuple[list, dict]),json.Decoder(Failure),json.Decoder(Progress)
+_call,_error,_progress = json.Decoder(tuple[tuple, dict]),json.Decoder(Failure),json.Decoder(Progress)
 _unreadable = ValueError,TypeError,IndexError,RecursionError # the last: it is nested too deeply for this thread
 
 def _maybe(text, decode=json.decode): return None if text is None else decode(text)
@@ -46,7 +46,7 @@ def as_job(
     try: attempt|lost|crashes|retries|priority, run_at+created+keep+(started or 0)+(finished or 0)+(timeout or 0)
     except TypeError: raise ValueError('a number in it is damaged') from None # nothing tells that as quickly
     args,kwargs = _call.decode(payload)
-    return Job(id=id, task=task, queue=queue, args=tuple(args), kwargs=kwargs, state=states[st], priority=priority,
+    return Job(id=id, task=task, queue=queue, args=args, kwargs=kwargs, state=states[st], priority=priority,
         run_at=run_at, created_at=created, started_at=started, finished_at=finished, attempt=attempt, lost=lost,
         crashes=crashes, retries=retries, timeout=timeout, key=key, after=tuple(_maybe(after) or ()), keep=keep,
         result=_maybe(value), error=_maybe(error, _error.decode), progress=_maybe(progress, _progress.decode),
@@ -86,8 +86,8 @@ def as_new_job(
     now:float   # Seconds since 1970
 ) -> Job:
     "Make the record of a call that is just being recorded."
-    args,kwargs = json.decode(c.payload)
-    return Job(id=c.id, task=c.task, queue=c.queue, args=tuple(args), kwargs=kwargs, priority=c.priority,
+    args,kwargs = _call.decode(c.payload)
+    return Job(id=c.id, task=c.task, queue=c.queue, args=args, kwargs=kwargs, priority=c.priority,
                run_at=c.run_at or now, created_at=now, retries=c.retries, timeout=c.timeout, key=c.key, after=c.after,
                keep=c.keep, seq=seq)
 

@@ -186,8 +186,8 @@ class Task:
         id:str|None=None             # Of the job
     ) -> Call: # What a store records
         "Check a call of the task and write it down."
-        payload,own = self.codec.encode(args, kwargs),self._own(args, kwargs) if self._varies else {}
-        return structs.replace(self._like, id=id or new_id(), payload=payload, **own)
+        call = structs.replace(self._like, id=id or new_id(), payload=self.codec.encode(args, kwargs))
+        return structs.replace(call, **self._own(args, kwargs)) if self._varies else call
 
     def _own(self, args, kwargs) -> dict:
         "What differs from call to call."
