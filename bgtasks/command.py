@@ -230,9 +230,11 @@ def show_status(place):
 def list_jobs(place, state, task, limit):
     "List jobs, the latest first: bgtasks jobs app:queue --state dead"
     with _told():
-        for j in _queue_at(place).find(state=state, task=task, limit=limit):
+        found = _queue_at(place).find(state=state, task=task, limit=limit)
+        wide = max((len(_plain(j.task)) for j in found), default=0)
+        for j in found:
             why = f'  {_plain(str(j.error))}' if j.error else ''
-            click.echo(f'{j.id}  {j.state:9}  {_plain(j.task)}  tries: {j.tries}{why}')
+            click.echo(f'{j.id}  {j.state:9}  {_plain(j.task):{wide}}  tries: {j.tries}{why}')
 
 # %% ../nbs/api/55_command.ipynb #c0034eed
 def _each(place, ids, act):

@@ -6,8 +6,8 @@
 __all__ = ['Engine', 'other_queue', 'work']
 
 # %% ../nbs/api/41_engine.ipynb #3a858b4f
-import asyncio, logging, multiprocessing, os, secrets, threading, time
-from collections.abc import Sequence
+import asyncio, logging, multiprocessing, os, secrets, sys, threading, time
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing.process import AuthenticationString
@@ -28,6 +28,13 @@ from .report import Reports, keep_logs
 from .run import _call, _run
 from .store import Backend
 from .threads import Threads, _as_one_of_anyio, _asyncio
+
+# %% ../nbs/api/41_engine.ipynb #ac9e1f2d
+def _green() -> str|None:
+    "What has put green threads in the place of this process's own."
+    for name,module,asked,what in (('gevent', 'gevent.monkey', 'is_module_patched', 'threading'),
+                                   ('eventlet', 'eventlet.patcher', 'is_monkey_patched', 'thread')):
+        if module in sys.modules and getattr(sys.modules[module], asked)(what): return name
 
 # %% ../nbs/api/41_engine.ipynb #75c5859a
 _log = logging.getLogger('bgtasks')
@@ -150,6 +157,7 @@ class Engine(Backend):
     line:Link|None = None   # The way to a broker that is a Redis; that of the records if they are there
     patience = 20.0         # Seconds for which a worker tries to write down what came of a job
     sweeps = 5.0            # Seconds from one look of the workers for lost messages to the next
+    real_threads = 'Start it with real ones.' # What a worker with green ones is told
     supports_results = supports_delay = supports_retries = supports_timeout = supports_process = supports_key = True
     supports_progress = supports_events = supports_cancel = supports_cancel_running = supports_retry = True
     needs_records = 'results', 'key', 'progress', 'events', 'cancel', 'cancel_running', 'retry'
@@ -233,9 +241,17 @@ class Engine(Backend):
             with suppress(BackendUnavailable): self.records.forget(m for m in new if m.id not in getattr(e, 'sent', ()))
             raise
 
+    def fit(self,
+        queues:Collection[str] # Names of those of our queues that a worker of this process is to take from
+    ) -> None:
+        "End the process of a worker that would run jobs on green threads; called before it starts."
+        if queues and (green := _green()):
+            raise SystemExit(f'bgtasks: {self!r} can run no jobs on the green threads of {green}: while a job '
+                             f'computes, nobody prolongs its lease, and it would run twice. {self.real_threads}')
+
     def stand_by(self) -> None:
         "Make this process ready to work, and have it look for lost messages; called where a worker starts."
-        if self.records is not None: _bench_of(self)
+        if self.records is not None and not _green(): _bench_of(self)
 
     def deliver(self,
         messages:Sequence[Message], # To be sent

@@ -21,11 +21,15 @@ def impatient(
     from redis import BlockingConnectionPool, ConnectionPool, Redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
+    from redis.sentinel import SentinelConnectionPool
     pool = client.connection_pool
-    if type(pool) not in (ConnectionPool, BlockingConnectionPool): return client
+    if type(pool) not in (ConnectionPool, BlockingConnectionPool, SentinelConnectionPool): return client
     ours = dict(socket_timeout=wait, socket_connect_timeout=wait, retry=Retry(NoBackoff(), 0), decode_responses=False)
-    kwargs = {k: v for k,v in pool.connection_kwargs.items() if k!='retry_on_error'} | ours
-    return Redis(connection_pool=ConnectionPool(pool.connection_class, **kwargs))
+    kwargs = {k: v for k,v in pool.connection_kwargs.items() if k not in ('retry_on_error', 'connection_pool')} | ours
+    kwargs['connection_class'] = pool.connection_class
+    if type(pool) is not SentinelConnectionPool: return Redis(connection_pool=ConnectionPool(**kwargs))
+    return Redis(connection_pool=SentinelConnectionPool(pool.service_name, pool.sentinel_manager,
+                                                        is_master=pool.is_master, **kwargs))
 
 # %% ../nbs/api/18_link.ipynb #304f9000
 def _bytes(o) -> bytes: return o if type(o) is bytes else str(o).encode()
@@ -107,6 +111,16 @@ def _closed(conn):
 def _plain(conn): return hasattr(conn, '_sock') and 'Hiredis' not in type(getattr(conn, '_parser', None)).__name__
 
 # %% ../nbs/api/18_link.ipynb #a6701791
+def _address(pool):
+    o = pool.connection_kwargs
+    return f"{o.get('host', 'localhost')}:{o.get('port', 6379)}"
+
+def _service(pool):
+    "What sentinels look after, if it is they who know the server."
+    if (name := getattr(pool, 'service_name', None)) is None: return
+    return f'{name} of ' + ','.join(sorted(_address(s.connection_pool) for s in pool.sentinel_manager.sentinels))
+
+# %% ../nbs/api/18_link.ipynb #57cce3f1
 class Link:
     "Sends commands to the server of `client`."
     def __init__(self,
@@ -119,9 +133,11 @@ class Link:
 
     @property
     def where(self) -> str:
-        "The address of the server."
+        "The server, its database and the user: links of which these are the same can stand for each other."
         o = self.pool.connection_kwargs
-        return o['path'] if 'path' in o else f"{o.get('host', 'localhost')}:{o.get('port', 6379)}/{o.get('db', 0)}"
+        user,db = f"{o['username']}@" if o.get('username') else '', o.get('db') or 0
+        if 'path' in o: return f"{user}{o['path']}?db={db}"
+        return f'{user}{_service(self.pool) or _address(self.pool)}/{db}'
 
     def script(self,
         body:str|bytes # In Lua

@@ -17,7 +17,7 @@ from .job import Call, Failure
 from .queue import TaskQueue
 from .sqlite import SQLiteStore
 from .store import Backend, supports
-from .log import json_in, json_list, note
+from .log import note
 from .tables import BLOCKED, CANCELLED, as_job, job_sql
 
 # %% ../nbs/api/44_move.ipynb #9dc4fd2c
@@ -39,6 +39,7 @@ def _call(job, payload) -> Call:
 
 # %% ../nbs/api/44_move.ipynb #f6246aa5
 _never = 1e18
+_twin = 'cancelled, since an unfinished job of the new queue has its key'
 
 def _rows(cx, where, *args):
     "Jobs with their payload and number of state; what can't be read is left out."
@@ -70,15 +71,16 @@ def _taken(cx, name):
                              f'that move come to its end first, before one to {name}')
     return [_call(job, payload) for job,payload,_ in found]
 
-def _mark(cx, ids, name, now):
-    cx.execute(f'UPDATE jobs SET finished_at=?, until=?+keep, error=? WHERE st=? AND until=? AND id {json_in}',
-               (now, now, json.encode(Failure('Moved', f'moved to {name}')), CANCELLED, _never, json_list(ids)))
+def _mark(cx, ends, now):
+    for id,end in ends.items():
+        cx.execute('UPDATE jobs SET finished_at=?, until=?+keep, error=? WHERE st=? AND until=? AND id=?',
+                   (now, now, json.encode(end), CANCELLED, _never, id))
 
 # %% ../nbs/api/44_move.ipynb #3538cfbe
 class Moved(Struct, frozen=True):
     "What `move` has done."
     moved:int = 0                    # Jobs that are in the backend now
-    left:dict[str, int] = field(default_factory=dict) # Why jobs were left in the file, and how many
+    left:dict[str, int] = field(default_factory=dict) # Why other jobs were not moved, and how many
 
 # %% ../nbs/api/44_move.ipynb #d7a30c15
 def _file(source) -> SQLiteStore:
@@ -111,7 +113,9 @@ def move(
     try:
         calls,last,left,n = store._write(_taken, name),0,Counter(),0
         while True:
-            for i in range(0, len(calls), batch): n += _hand_over(store, target, calls[i:i+batch], name)
+            twins = sum(_hand_over(store, target, calls[i:i+batch], name) for i in range(0, len(calls), batch))
+            n += len(calls)-twins
+            if twins: left[_twin] += twins
             calls,new,why = store._write(_take, target, last, batch, name, store.clock())
             left += why
             if new==last: return Moved(n, dict(left))
@@ -120,6 +124,9 @@ def move(
         if isinstance(source, (str, os.PathLike)): store.close()
 
 def _hand_over(store, target, calls, name) -> int:
-    if calls: target.store.add(calls)
-    store._write(_mark, [c.id for c in calls], name, store.clock())
-    return len(calls)
+    "Give calls to the target, and mark them in the file; tell how many were not needed there."
+    there = target.store.add(calls) if calls else []
+    twins = {c.id: Failure('HasTwin', f'not moved to {name}: job {j.id} is there, unfinished, with its key {c.key!r}')
+             for c,j in zip(calls, there) if j and j.id!=c.id}
+    store._write(_mark, {c.id: Failure('Moved', f'moved to {name}') for c in calls} | twins, store.clock())
+    return len(twins)

@@ -53,9 +53,18 @@ _transport = dict(redis=_quick|_redis, amqp=_quick|dict(confirm_publish=True), o
 
 def _kind(app) -> str:
     "What carries the messages: `'redis'`, `'amqp'` or `'other'`."
-    scheme = str(app.conf.broker_write_url or app.conf.broker_url or 'amqp').partition(':')[0].partition('+')[0]
+    scheme = _scheme(app.conf.broker_write_url or app.conf.broker_url or 'amqp').partition('+')[0]
     return dict(redis='redis', rediss='redis', sentinel='redis', amqp='amqp', amqps='amqp', pyamqp='amqp',
                 librabbitmq='amqp').get(scheme, 'other')
+
+def _scheme(url): return str(url or '').partition(':')[0]
+
+def _asks_for_one(app, setting, options=None):
+    "Refuse sentinels that are not told which server to look for."
+    options = options or f'{setting}_transport_options'
+    if _scheme(app.conf[setting])=='sentinel' and not (app.conf[options] or {}).get('master_name'):
+        raise BadOption(f'the Celery app has sentinels as its {setting}, and {options} does not name the server that '
+                        "they are to find: give it dict(master_name='mymaster')")
 
 def _is_default(app, option): return option not in dict(app.conf.without_defaults())
 
@@ -68,6 +77,7 @@ def _settle_in(app, kind, visibility):
         raise BadOption(f'the Celery app accepts {", ".join(sorted(more))}: bgtasks sends JSON only, and a worker that '
                         "reads more can be made to run more; set accept_content=['json'], or give bgtasks an app of "
                         'its own')
+    _asks_for_one(app, 'broker_url', 'broker_transport_options')
     for option,value in _better.items():
         if _is_default(app, option): setattr(app.conf, option, value)
     given = app.conf.broker_transport_options or {}
@@ -77,16 +87,18 @@ def _settle_in(app, kind, visibility):
 # %% ../../nbs/api/54_celery.ipynb #de933965
 _records_of_app = object()
 
-def _redis_url(app):
-    "Where the app keeps its results, if that is a Redis."
-    url = app.conf.result_backend
-    scheme = str(url or '').partition(':')[0]
-    return url if scheme in ('redis', 'rediss', 'redis+socket', 'unix') else None
+def _redis_of(app):
+    "The records in the Redis where the app keeps its results, if it does; by Celery's own client, which knows the way."
+    if _scheme(app.conf.result_backend) not in ('redis', 'rediss', 'redis+socket', 'sentinel'): return
+    _asks_for_one(app, 'result_backend')
+    try: return Records(app.backend.client)
+    except Exception as e: raise BadOption(f'the result_backend of the Celery app is no way to a Redis: {e}') from e
 
 # %% ../../nbs/api/54_celery.ipynb #1fe9a039
 class CeleryBackend(Engine):
     "Hand jobs to Celery: `TaskQueue(CeleryBackend(app))`."
     name,worker_command = 'Celery','celery -A your_module worker'
+    real_threads = 'Start it with `--pool threads -c 50`, or with `--pool prefork`'
     supports_priority = supports_cron = True
     visibility = 300 # Seconds after which Redis gives the messages of a silent worker to others; with records only
 
@@ -97,7 +109,7 @@ class CeleryBackend(Engine):
         queues:Iterable[str]=()       # Named queues beside those of the tasks
     ):
         if not isinstance(app, Celery): raise BadOption(f"CeleryBackend({app!r}): give a Celery app: Celery('shop', …)")
-        super().__init__(_redis_url(app) if records is _records_of_app else records)
+        super().__init__(_redis_of(app) if records is _records_of_app else records)
         self.app,self.kind,self.queues,self._beats = app,_kind(app),{},{}
         _settle_in(app, self.kind, self.records and self.visibility)
         seen = app.conf.broker_transport_options.get('visibility_timeout', 3600) if self.kind=='redis' else float('inf')
@@ -109,6 +121,7 @@ class CeleryBackend(Engine):
         if url := self.kind=='redis' and _plain_redis(app): self._link(url)
         for name in queues: self._serve(name)
         signals.task_unknown.connect(self._unknown)
+        signals.worker_init.connect(self._begins)
         signals.worker_process_init.connect(self._ready)
         signals.worker_ready.connect(self._ready)
 
@@ -118,6 +131,9 @@ class CeleryBackend(Engine):
         self.line = Link(impatient(Redis.from_url(url), 3.0))
         if self.records and self.records.link.where==self.line.where:
             self.line,self.supports_all_or_none = self.records.link,True
+
+    def _begins(self, sender, **_):
+        if sender.app is self.app: self.fit(set(self.app.amqp.queues.consume_from) & set(self.queues))
 
     def _ready(self, sender=None, **_):
         "Hear of a process that is about to run jobs: a child of the pool, or a worker whose pool has none."

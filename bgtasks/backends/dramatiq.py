@@ -94,6 +94,10 @@ class _Bridge(Middleware):
     "Tells the backend of a message that was given up."
     def __init__(self, backend): self.backend = backend
 
+    def before_worker_boot(self, broker, worker):
+        mine = self.backend.named | {t.queue_name for t in self.backend.tasks.values()}
+        self.backend.fit(mine & (worker.consumer_whitelist or mine))
+
     def after_worker_boot(self, broker, worker): self.backend.stand_by()
 
     def after_nack(self, broker, message):
@@ -135,6 +139,7 @@ class _Script:
 class DramatiqBackend(Engine):
     "Hands jobs to the workers of Dramatiq."
     name,worker_command,patience = 'Dramatiq','dramatiq app',inf
+    real_threads = 'Start it with `dramatiq -t 50`, say, not with `dramatiq-gevent`'
 
     def __init__(self,
         broker:Broker|None=None,      # Redis or RabbitMQ; Dramatiq's global broker if missing
@@ -156,7 +161,8 @@ class DramatiqBackend(Engine):
         self.supports_priority,self.supports_all_or_none = bool(getattr(self.broker, 'max_priority', 0)),self.on_redis
         self.instead = dict(self.instead, **_instead)
         self.broker.add_middleware(_Bridge(self))
-        for q in queues: self.broker.declare_queue(self._queue(q))
+        self.named = {self._queue(q) for q in queues}
+        for q in self.named: self.broker.declare_queue(q)
 
     def __repr__(self): return f'DramatiqBackend({type(self.broker).__name__})'
 

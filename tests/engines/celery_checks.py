@@ -1,5 +1,5 @@
 "The suite's tasks on Celery; the environment says where the servers are."
-import os
+import json, os
 
 from celery import Celery
 from bgtasks import TaskQueue
@@ -22,5 +22,10 @@ if 'CHECK_VISIBLE' in os.environ:
 
 where = os.environ['CHECK_PREFIX']+'default'
 if 'CHECK_SWEEPS' in os.environ: CeleryBackend.sweeps = float(os.environ['CHECK_SWEEPS'])
-queue = declare_checks(TaskQueue(CeleryBackend(app, records=records())), where, every=.5)
-wrapped = declare_wrapped(TaskQueue(CeleryBackend(app, records=records())), where)
+app.conf.update(json.loads(os.environ.get('CHECK_CONF', '{}')))
+def backend():
+    if os.environ['CHECK_RECORDS']=='app': return CeleryBackend(app) # where the app has its results
+    return CeleryBackend(app, records=records())
+
+queue = declare_checks(TaskQueue(backend()), where, every=.5)
+wrapped = declare_wrapped(TaskQueue(backend()), where)

@@ -1,5 +1,6 @@
 "The app of the tests on Dramatiq, for a worker (`dramatiq dramatiq_app`) and for the test; the environment says where."
 import os, time
+from urllib.parse import urlsplit
 
 import dramatiq
 
@@ -9,17 +10,20 @@ from bgtasks.checks import declare_checks, declare_wrapped
 from bgtasks.records import Records
 
 def make_broker(url, heartbeat=4000):
-    if url.startswith('redis'):
-        from dramatiq.brokers.redis import RedisBroker
-        return RedisBroker(url=url, heartbeat_timeout=heartbeat)
-    from dramatiq.brokers.rabbitmq import RabbitmqBroker
-    return RabbitmqBroker(url=url.removesuffix('//')+'/%2F', max_priority=10)
+    if url.startswith('amqp'):
+        from dramatiq.brokers.rabbitmq import RabbitmqBroker
+        return RabbitmqBroker(url=url.removesuffix('//')+'/%2F', max_priority=10)
+    from dramatiq.brokers.redis import RedisBroker
+    if not url.startswith('sentinel'): return RedisBroker(url=url, heartbeat_timeout=heartbeat)
+    from redis.sentinel import Sentinel
+    where = urlsplit(url)
+    client = Sentinel([(where.hostname, where.port)]).master_for('shop', db=int(where.path[1:]))
+    return RedisBroker(client=client, heartbeat_timeout=heartbeat)
 
 def declare(broker, records, name, folder):
     "Two queues with their tasks, and some for the tests of failures"
-    records = Records(records)
-    records.late = float(os.environ.get('BGTASKS_TEST_LATE', 60))
-    backend = DramatiqBackend(broker, records, queues=[name])
+    backend = DramatiqBackend(broker, Records(records) if records else None, queues=[name])
+    backend.records.late = float(os.environ.get('BGTASKS_TEST_LATE', 60))
     queue,wrapped = TaskQueue(backend),TaskQueue(backend)
     declare_checks(queue, name)
     declare_wrapped(wrapped, name)

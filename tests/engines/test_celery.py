@@ -71,6 +71,37 @@ def test_it_keeps_its_promises(anywhere):
     kept = check_backend(anywhere.queue, wrapped=anywhere.wrapped, slots=2, patience=30)
     assert len(kept) > 20
 
+@pytest.mark.parametrize('pool,slots', [('threads', 2), ('solo', 1)])
+def test_other_pools_keep_them_too(site, redis_url, pool, slots):
+    s = site(redis_url, redis_url)
+    s.worker('--pool', pool, n=slots)
+    s.beat()
+    assert len(check_backend(s.queue, wrapped=s.wrapped, slots=slots, patience=30)) > 20
+
+def test_green_threads_are_refused_where_they_would_run_our_jobs(site, redis_url):
+    pytest.importorskip('gevent')
+    s = site(redis_url, redis_url)
+    def green(*args): return s.workers(script('celery'), '-A', 'celery_checks', 'worker', '--pool', 'gevent',
+                                       '-n', unique()+'@%h', '-l', 'INFO', *args, env=s.env)
+    other,refused = green('-Q', 'of-the-app-itself'),green()
+    until(lambda: refused.popen.poll() is not None, 60)
+    assert refused.popen.returncode and 'Start it with `--pool threads -c 50`' in refused.said()
+    other.ready('ready.')
+
+GREEN = """
+from gevent import monkey; monkey.patch_all()
+import sys, importlib, gevent
+queue = importlib.import_module(sys.argv[1]).queue
+jobs = [gevent.spawn(queue.tasks['checks.grow'].enqueue, str(i)) for i in range(30)]
+waits = [gevent.spawn(lambda job: queue.result(job.get(), 30), job) for job in jobs]
+print([o.get() for o in waits]==[str(i)*2 for i in range(30)], flush=True)
+"""
+
+def test_an_app_on_green_threads_hands_in_jobs_and_gets_results(anywhere):
+    pytest.importorskip('gevent')
+    anywhere.worker()
+    anywhere.workers(sys.executable, '-c', GREEN, 'celery_checks', env=anywhere.env).ready('True')
+
 def test_a_worker_that_is_killed_loses_no_job(anywhere, tmp_path):
     path = tmp_path/'hold'
     threads = ['--pool', 'threads'] if anywhere.env['CHECK_BROKER'].startswith('amqp') else []

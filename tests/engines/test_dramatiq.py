@@ -51,6 +51,30 @@ def test_it_keeps_every_promise(stage, monkeypatch):
     kept = check_backend(stage.queue, wrapped=stage.wrapped, slots=4, patience=30)
     assert len(kept) > 20
 
+def test_green_threads_are_refused_where_they_would_run_our_jobs(stage):
+    pytest.importorskip('gevent')
+    def green(name):
+        args = live.script('dramatiq-gevent'), 'dramatiq_app', '-p', '1', '-t', '2', '-Q', name
+        return stage.start(*args, env=stage.environ())
+    refused,other = green(stage.name),green('of-the-app-itself')
+    until(lambda: refused.popen.poll() is not None, 60)
+    assert refused.popen.returncode and 'Start it with `dramatiq -t 50`' in refused.said()
+    other.ready('is ready for action')
+
+GREEN = """
+from gevent import monkey; monkey.patch_all()
+import dramatiq_app, gevent
+queue = dramatiq_app.queue
+jobs = [gevent.spawn(queue.tasks['checks.grow'].enqueue, str(i)) for i in range(30)]
+waits = [gevent.spawn(lambda job: queue.result(job.get(), 30), job) for job in jobs]
+print([o.get() for o in waits]==[str(i)*2 for i in range(30)], flush=True)
+"""
+
+def test_an_app_on_green_threads_hands_in_jobs_and_gets_results(stage):
+    pytest.importorskip('gevent')
+    stage.worker()
+    stage.start(sys.executable, '-c', GREEN, env=stage.environ()).ready('True')
+
 def test_a_job_whose_worker_is_killed_runs_again(stage):
     first = stage.worker()
     job = stage.queue.tasks['survive'].enqueue('a')
