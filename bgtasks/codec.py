@@ -6,7 +6,7 @@
 __all__ = ['dumps', 'loads', 'Codec']
 
 # %% ../nbs/api/12_codec.ipynb #8b7eb607
-import inspect
+import inspect, re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime, time
@@ -98,19 +98,39 @@ def _changed(v, back, path='') -> str|None:
 def _at(path): return path and f' at {path}'
 
 # %% ../nbs/api/12_codec.ipynb #7d757e42
+_deepest = 100 # lists and dicts within each other
+_quoted,_alike = re.compile(rb'"(?:[^"\\]|\\.)*"'),bytes.maketrans(b'{}', b'[]')
+_no_brackets = bytes(set(range(256)).difference(b'[]{}'))
+
+def _too_deep(raw, most=_deepest) -> bool:
+    "Are there more than `most` lists and dicts within each other?"
+    if len(raw) <= 2*most or raw.count(b'[')+raw.count(b'{') <= most: return False # the usual case, and quick to tell
+    left = _quoted.sub(b'', raw).translate(_alike, _no_brackets)
+    for _ in range(most):
+        if not left: return False
+        left = left.replace(b'[]', b'')
+    return bool(left)
+
+# %% ../nbs/api/12_codec.ipynb #aba56122
+_nested = f'has more than {_deepest} lists or dicts within each other: make it flatter, or a text'
+
 def _why_not(v, t) -> str|None:
     "Say why `v`, annotated `t`, would not come back as it is."
+    try: return _fault(v, t)
+    except RecursionError: return f'{_nested}. Or does it contain itself?'
+
+def _fault(v, t):
     try: raw = _write(v)
-    except RecursionError: return 'is nested too deeply, or contains itself'
+    except RecursionError: raise
     except Exception:
         path,part = _smallest(v, _unwritable)
         try: _write(part)
         except Exception as e: return f"can't be recorded: {e}{_at(path)}"
+    if _too_deep(raw): return _nested
     if _no_number(v):
         path,part = _smallest(v, _no_number)
         return f"can't be recorded: JSON has no {part!r}{_at(path)}"
     try: back = _reader(t)(raw)
-    except RecursionError: return 'is nested too deeply'
     except Exception as e: return f'is {_short(v)} ({type(v).__name__}), which is not {_type_name(t)}: {e}'
     return _changed(v, back)
 
@@ -211,7 +231,7 @@ class Codec:
         read = self._reader(*call)
         try:
             raw = _write(call)
-            if len(raw) <= self.max_payload and read(raw) == call: return raw
+            if len(raw) <= self.max_payload and not _too_deep(raw, _deepest+2) and read(raw) == call: return raw
         except Exception: pass # which argument it was is found out below
         return self._judge(*call)
 
@@ -250,7 +270,7 @@ class Codec:
         raw = None
         try:
             raw = _write(value)
-            if len(raw) <= self.max_payload and self._read_result(raw) == value: return raw
+            if len(raw) <= self.max_payload and not _too_deep(raw) and self._read_result(raw) == value: return raw
         except Exception: pass # why is found out below
         if raw and len(raw) > self.max_payload:
             raise Unusable(f'{self.name} ran, but its result takes {self._too_long(raw)} Write it to a file or table.')
