@@ -18,7 +18,7 @@ from .clerk import Clerk
 from .errors import (BadOption, BadTask, BgTasksError, JobCancelled, JobFailed, StoreError, UnknownJob,
                             WaitTimeout)
 from .feed import Feed, wait
-from .job import Event, Job, State
+from .job import Event, Job, State, utf8
 from .retry import Backoff
 from .schedule import seconds
 from .sqlite import SQLiteStore
@@ -28,12 +28,10 @@ from .task import Task, TaskOptions
 # %% ../nbs/api/31_queue.ipynb #0afbdd62
 _ends = {State.succeeded, State.dead, State.cancelled}
 
-def _utf8(s): return s.encode(errors='backslashreplace').decode() # what came in an address may be no UTF-8
-
 def _id(job) -> str:
     "The id of `job`, which may be one."
     if isinstance(job, Job): return job.id
-    if isinstance(job, str): return _utf8(job)
+    if isinstance(job, str): return utf8(job)
     raise BadOption(f'{job!r} is no job: give a Job, or the id of one')
 
 def _known(job, id) -> Job:
@@ -158,7 +156,7 @@ def get(self:TaskQueue,
     return self.store.get(_id(job))
 
 def _name(option, v):
-    if v is None or isinstance(v, str): return v and _utf8(v)
+    if v is None or isinstance(v, str): return v and utf8(v)
     raise BadOption(f'{option}={v!r}: give a name')
 
 def _number(option, v):
@@ -261,7 +259,7 @@ def cancel(self:TaskQueue,
     why:str=''   # For the person who reads its error
 ) -> Job: # As it is now; one that has ended stays as it is
     "Cancel a job; one that runs is stopped by its worker."
-    res = _known(self.store.cancel(_id(job), _utf8(str(why))), _id(job))
+    res = _known(self.store.cancel(_id(job), utf8(str(why))), _id(job))
     self.wake()
     return res
 

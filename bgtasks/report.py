@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from .errors import BadOption
-from .job import Progress
+from .job import Progress, utf8
 from .run import _run
 
 # %% ../nbs/api/33_report.ipynb #29812393
@@ -29,15 +29,13 @@ def _amount(name, v):
     raise BadOption(f'progress({name}={v!r}): {name} must be a number, 0 or more')
 
 # %% ../nbs/api/33_report.ipynb #96f3be53
-def _utf8(s): return s.encode(errors='backslashreplace').decode() # the names of some files are no UTF-8
-
 def progress(
     done:float,            # Units of work finished
     total:float|None=None, # Of how many; `None` if nobody knows
     message:str=''         # What is being done
 ):
     "Tell how far the current task has come."
-    p = Progress(_amount('done', done), None if total is None else _amount('total', total), _utf8(str(message)[:1000]))
+    p = Progress(_amount('done', done), None if total is None else _amount('total', total), utf8(str(message)[:1000]))
     if (report := getattr(_run.get(), 'report', None)) is not None: report.progress(p)
 
 # %% ../nbs/api/33_report.ipynb #8877c31b
@@ -69,7 +67,7 @@ def _text(record) -> str:
     try: text = record.getMessage()
     except Exception as e: text = f'{record.msg} (not formatted: {type(e).__name__})'
     if record.exc_info and record.exc_info[0]: text += '\n'+logging.Formatter().formatException(record.exc_info)
-    return _utf8(text if len(text)<=4_000 else text[:4_000]+' …')
+    return utf8(text if len(text)<=4_000 else text[:4_000]+' …')
 
 _make_record = None # the factory that was there before ours
 

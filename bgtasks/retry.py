@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from .errors import BadOption, BgTasksError, Cancel, Retry, Unusable
-from .job import Done, Failure, Job, Outcome, State
+from .job import Done, Failure, Job, Outcome, State, utf8
 
 # %% ../nbs/api/10_retry.ipynb #fecd01f7
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Backoff:
 _here = str(Path(__file__).parent) if '__file__' in globals() else None
 
 def _cut(s, limit):
-    s = s.encode(errors='backslashreplace').decode() # what UTF-8 doesn't have, as in the name of a file
+    s = utf8(s)
     return s if len(s)<=limit else f'{s[:limit//4]}\n… {len(s)-limit} characters left out …\n{s[-(limit-limit//4):]}'
 
 def _message(e):
