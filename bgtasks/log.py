@@ -9,6 +9,7 @@ __all__ = ['json_in', 'log_sql', 'log_of_sql', 'text', 'json_list', 'last_number
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import apsw
 from msgspec import json
 
 # %% ../nbs/api/02_log.ipynb #dba2c172
@@ -33,8 +34,11 @@ FROM counter'''
 def last_number(
     cx:Any # A connection; in a transaction if numbers are to be given out
 ) -> tuple[int, int]: # The highest number that a job or an event ever had, and the version of the lanes
-    "Tell how far the numbers have come."
-    return cx.execute(_last).fetchall()[0]
+    "Tell how far the numbers have come; a damaged one is told as SQLite tells damage."
+    last,lanes = cx.execute(_last).fetchall()[0]
+    if last < 2**62: return last,lanes # a million a second for a hundred thousand years
+    raise apsw.CorruptError(f'after number {last} none can come: delete what has it from the tables jobs (seq) and '
+                            'events (id), and where it is in counter (floor), set that to 0')
 
 # %% ../nbs/api/02_log.ipynb #054ef636
 _facts = """INSERT INTO events(id,seq,kind,attempt,at,data)

@@ -278,6 +278,18 @@ def test_a_damaged_counter_is_told_or_put_right(path, column, value):
     except StoreError as e: assert 'counter' in str(e); return
     assert len(store.add(calls(2)))==2 and len(store.find())==5 and len(claim(store))==5 and store.last_event() >= 5
 
+@pytest.mark.parametrize('table, column', [('jobs', 'seq'), ('events', 'id'), ('counter', 'floor')])
+def test_a_number_after_which_none_can_come_is_told(path, table, column):
+    def do(sql): cx = apsw.Connection(str(path)); cx.execute(sql); cx.close()
+    store = SQLiteStore(path); store.add(calls(2)); claim(store, 1)
+    do(f'UPDATE {table} SET {column}={2**63-1} WHERE {column}=(SELECT max({column}) FROM {table})')
+    for verb in (lambda: store.add(calls()), lambda: claim(store), lambda: store.cancel(store.find()[-1].id)):
+        with pytest.raises(StoreError, match=rf'q\.db: it is damaged.*{table} .{column}'): verb()
+    assert len(store.find())==2 # to look at them needs no number
+    do('UPDATE counter SET floor=0' if table=='counter' else f'DELETE FROM {table} WHERE {column}>{2**62}') # as it says
+    assert len(store.add(calls(2)))==2 and len(claim(store)) >= 2 and len(store.events()) >= 4
+    store.close()
+
 @pytest.mark.anyio
 async def test_an_event_that_cannot_be_read(anyio_backend, path):
     with TaskQueue(SQLiteStore(path, 'process')) as queue:
