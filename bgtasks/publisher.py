@@ -8,6 +8,7 @@ __all__ = ['Publisher']
 # %% ../nbs/api/18_publisher.ipynb #65539200
 import os, socket
 from contextlib import suppress
+from functools import lru_cache
 from ssl import SSLWantReadError
 from time import monotonic
 from typing import Any
@@ -112,13 +113,17 @@ def catch_up(self:_Line):
     if self.blocked: self._wait(True)
 
 # %% ../nbs/api/18_publisher.ipynb #a540bc56
+@lru_cache
+def _command(queue) -> bytes:
+    from pika import frame, spec
+    return frame.Method(1, spec.Basic.Publish(routing_key=queue, mandatory=True)).marshal()
+
 @patch
 def publish(self:_Line, queue, body, properties):
     "Send a message, and wait until it is confirmed."
     f,room = self.frame,self.most-8
-    parts = [f.Method(1, self.spec.Basic.Publish(routing_key=queue, mandatory=True)),
-             f.Header(1, len(body), properties), *(f.Body(1, body[i:i+room]) for i in range(0, len(body), room))]
-    self.sock.sendall(b''.join([o.marshal() for o in parts]))
+    parts = [f.Header(1, len(body), properties), *(f.Body(1, body[i:i+room]) for i in range(0, len(body), room))]
+    self.sock.sendall(_command(queue) + b''.join([o.marshal() for o in parts]))
     self._heard(self.spec.Basic.Ack)
 
 @patch
@@ -165,8 +170,8 @@ class Publisher:
     def _opened(self):
         for p in self._servers():
             try: return _Line(p)
-            except OSError as e: error = e
-        raise error
+            except Exception as e: error = e
+        raise ConnectionError(f'{self} can\'t be reached: {error!r}') from error
 
     def _take(self):
         "A connection that nobody uses; a forked child leaves its parent's alone."

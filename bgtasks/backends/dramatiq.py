@@ -277,16 +277,17 @@ def _listens(middleware):
 
 def _copied(data, m, **more): return encode(data | dict(more, args=(write_message(m),), message_id=m.id))
 
+def _pattern(m):
+    from pika import BasicProperties
+    return json.loads(_envelope(m).encode()),BasicProperties(delivery_mode=2, priority=m.priority or None)
+
 @patch
 def _publish(self:DramatiqBackend, m):
     "Send a message that is due to RabbitMQ."
-    from pika import BasicProperties
     at = m.task,m.queue,m.priority,len(self.broker.middleware)
     if (pattern := self._patterns.get(at)) is None:
         self._post(m, 0)
-        if not any(map(_listens, self.broker.middleware)):
-            properties = BasicProperties(delivery_mode=2, priority=m.priority or None)
-            self._patterns[at] = json.loads(_envelope(m).encode()),properties
+        if not any(map(_listens, self.broker.middleware)): self._patterns[at] = _pattern(m)
         return
     data,properties = pattern
     body = _copied(data, m, message_timestamp=int(time.time()*1000))
