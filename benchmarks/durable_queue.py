@@ -7,10 +7,10 @@
 Figures of a loaded machine wander, so each is the median of rounds that take turns with *bare apsw*: the same rows, or
 the same steps, written by hand with nothing around them. The ratio between the two is what counts: "to bare" is to one
 plain row for each job, "to the same writes" is to the very row that a job is."""
-import argparse, asyncio, json, os, platform, resource, subprocess, sys, tempfile, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, asyncio, json, os, platform, resource, subprocess, sys, tempfile, threading, time
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 
 import apsw
@@ -47,6 +47,8 @@ BARE = '''CREATE TABLE j(seq INTEGER PRIMARY KEY, id TEXT UNIQUE, task TEXT, st 
 attempt INTEGER DEFAULT 0, worker TEXT, until REAL, payload BLOB, value BLOB); CREATE INDEX due ON j(seq) WHERE st=1;'''
 INSERT = "INSERT INTO j(id,task,st,payload) VALUES(?,'noop',1,x'5b5b315d2c7b7d5d')"
 
+CLAIMED = "INSERT INTO j(id,task,st,attempt,worker,until,payload) VALUES(?,'noop',2,1,'w',1,x'5b5b315d2c7b7d5d')"
+
 CLAIM = '''UPDATE j SET st=2, attempt=attempt+1, worker='w', until=1 WHERE seq IN (SELECT seq FROM j WHERE st=1
 ORDER BY seq LIMIT ?) RETURNING seq,attempt,payload'''
 FINISH = 'UPDATE j SET st=4, value=? WHERE seq=? AND attempt=? AND st=2'
@@ -79,8 +81,8 @@ def same_writes(cx, n, batch=1):
     for _ in range(n//batch):
         cx.execute('BEGIN IMMEDIATE')
         now = time.time()
-        cx.executemany(insert_sql, [(None, i, 1, 1, 0, now, now, 0, None, 604800.0, None, None, b'[[1],{}]')
-                                    for i in new_ids(batch)])
+        cx.executemany(insert_sql, [(None, i, 1, 1, 0, now, now, 0, None, 604800.0, None, None, b'[[1],{}]', 0, None,
+                                     None, None) for i in new_ids(batch)])
         cx.execute('COMMIT')
 
 # The queue
@@ -153,16 +155,23 @@ def percentiles(name, p50, p99, bare=()):
         yield row(f'{name}, p{100*at:g}', mine, 'ms', at_most=bound, ratio=ratio)
 
 async def bare_gaps(durability, n):
-    "The least that it takes to record a job, claim it and start it: two commits in a thread, one hop for each"
-    loop,cx,res = asyncio.get_running_loop(),bare(durability),[]
-    async def job(since): res.append(time.monotonic()-since)
-    with ThreadPoolExecutor(1) as thread:
-        for _ in range(n):
-            await asyncio.sleep(.01)
-            since = time.monotonic()
-            await loop.run_in_executor(thread, bare_one_by_one, cx, 1)
-            await loop.run_in_executor(thread, lambda: cx.execute(CLAIM, (100,)).fetchall())
-            await asyncio.create_task(job(since))
+    "The least that it takes to record a job, claim it and start it: a thread commits one row, claimed, and tells the loop"
+    loop,cx,inbox,res = asyncio.get_running_loop(),bare(durability),SimpleQueue(),[]
+    async def job(since, ran):
+        res.append(time.monotonic()-since)
+        ran.set_result(None)
+    def write():
+        while call := inbox.get():
+            cx.execute(CLAIMED, (new_id(),))
+            loop.call_soon_threadsafe(lambda call=call: loop.create_task(job(*call)))
+    thread = threading.Thread(target=write)
+    thread.start()
+    for _ in range(n):
+        await asyncio.sleep(.01)
+        inbox.put((time.monotonic(), ran := loop.create_future()))
+        await ran
+    inbox.put(None)
+    thread.join()
     return res
 
 async def gaps(queue, n):
@@ -184,7 +193,7 @@ async def gaps_from_outside(queue, n):
     del started[:20]
 
 def latency():
-    "From the call of enqueue to the first line of the task; with 'power', two fsyncs lie between"
+    "From the call of enqueue to the first line of the task; with 'power', an fsync lies between"
     for durability in ('process', 'power'):
         bare = asyncio.run(bare_gaps(durability, n_of(250)))
         asyncio.run(gaps(queue_at(new_path(), durability), n_of(500)))
