@@ -45,7 +45,7 @@ def _turn(store, items):
     "Do what `items` (loop, future, calls or verb) ask for; yield each with its answer and error."
     batch = []
     for item in [*items, None]:
-        if item and isinstance(item[2], Sequence): batch.append(item); continue
+        if item and not callable(item[2]): batch.append(item); continue
         if batch: yield from zip(batch, _record(store, batch))
         batch = []
         if item: yield item,_attempt(item[2])

@@ -8,7 +8,6 @@ __all__ = ['Lanes', 'Orders']
 # %% ../nbs/api/14_lanes.ipynb #b6289970
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from heapq import nsmallest
 from typing import Any
 
 from msgspec.structs import replace
@@ -59,8 +58,6 @@ class Lanes:
         self.version = None
 
 # %% ../nbs/api/14_lanes.ipynb #199ce4ad
-def _rank(job): return -job.priority, job.seq
-
 def _begun(job, worker):
     return replace(job, state=State.running, attempt=1, worker=worker, started_at=job.created_at)
 
@@ -83,7 +80,7 @@ class Orders:
         else: self.open.pop(worker, None)
 
     def serve(self,
-        jobs:Sequence[Job],     # That are about to be recorded
+        jobs:Sequence[Job],     # That are about to be recorded, in that order
         paused:Collection[str], # Queues from which nothing is claimed
         after:list              # For what is to be called when the transaction is over, with whether it was committed
     ) -> list[tuple[Job, float]]: # Those that begin at once, as they do; and the seconds of their leases
@@ -95,7 +92,8 @@ class Orders:
             got = []
             for tasks,n in wants:
                 fit = [j for j in free.values() if j.task in tasks and (queues is None or j.queue in queues)]
-                got.append([_begun(free.pop(j.seq), worker) for j in nsmallest(n, fit, _rank)])
+                first = sorted(fit, key=lambda j: -j.priority)[:n] # of the same priority, the older ones
+                got.append([_begun(free.pop(j.seq), worker) for j in first])
             if not any(got): continue
             self.open.pop(worker, None)
             after.append(partial(self._over, worker, order, got))
