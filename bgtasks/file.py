@@ -8,7 +8,7 @@ __all__ = ['fetch', 'SharedFile', 'boot_id']
 # %% ../nbs/api/15_file.ipynb #6034b824
 import ctypes, logging, os, random, socket, sys, threading, time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -102,7 +102,7 @@ class SharedFile:
     def __repr__(self): return f'SharedFile({Path(self.path).name!r})'
 
     def _open(self):
-        self._pid,self._locks,self._signals,self._bell = os.getpid(),{},{},None
+        self._pid,self._locks,self._signals,self._bell,self._minds = os.getpid(),{},{},None,self.sync
         self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
         self.after = []   # a verb adds what is to be called when its transaction is over, with whether it was committed
         self._lock,self._rlock = threading.RLock(),threading.RLock()
@@ -139,9 +139,10 @@ class SharedFile:
     ) -> Any: # What `verb` gives
         "Run `verb` in a writing transaction: all of it is committed, or nothing is."
         self._check()
-        with self._lock, self._lazily() if lazy and self.sync else nullcontext():
+        with self._lock:
             cx = self._free()
             try:
+                self._mind(cx, self.sync and not lazy)
                 cx.execute('BEGIN IMMEDIATE')
                 out = verb(cx, *args)
                 cx.execute('COMMIT')
@@ -157,12 +158,11 @@ class SharedFile:
             if news or self._signals: self._tell(news)
         return out
 
-    @contextmanager
-    def _lazily(self):
-        cx = self._free()
-        cx.execute('PRAGMA synchronous=NORMAL')
-        try: yield
-        finally: cx.execute('PRAGMA synchronous=FULL')
+    def _mind(self, cx, disk):
+        "Let commits wait for the `disk`, or not; set only when it changes."
+        if disk==self._minds: return
+        cx.execute(f"PRAGMA synchronous={'FULL' if disk else 'NORMAL'}")
+        self._minds = disk
 
     def _over(self, committed):
         calls,self.after = self.after,[]
