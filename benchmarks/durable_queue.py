@@ -155,7 +155,7 @@ def percentiles(name, p50, p99, bare=()):
         yield row(f'{name}, p{100*at:g}', mine, 'ms', at_most=bound, ratio=ratio)
 
 async def bare_gaps(durability, n):
-    "The least that it takes to record a job, claim it and start it: a thread commits one row, claimed, and tells the loop"
+    "The least that it takes to record, claim and start a job: a thread commits one row, claimed, and tells the loop"
     loop,cx,inbox,res = asyncio.get_running_loop(),bare(durability),SimpleQueue(),[]
     async def job(since, ran):
         res.append(time.monotonic()-since)
