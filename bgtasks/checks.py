@@ -83,7 +83,7 @@ async def _reports(n:int) -> int:
 
 def _grow(text:str) -> str: return text*2
 def _nothing(*args, **kwargs): return None
-def _tick(): _note(os.environ['BGTASKS_CHECK_DIR']+'/ticks', time.time())
+def _tick(): _note(os.environ['BGTASKS_CHECK_DIR']+'/ticks', current_job().id)
 
 async def _around(job, call):
     out = await call(job)
