@@ -46,8 +46,9 @@ _never = dict(
     task_soft_time_limit='give timeout= to the tasks instead',
     task_always_eager='nothing would be sent: for tests take a queue in memory, TaskQueue()')
 _better = dict(worker_prefetch_multiplier=1, broker_connection_retry_on_startup=True)
+_patience = 3 # Seconds to wait for a broker
 _quick = dict(max_retries=2, interval_start=0, interval_step=.1, interval_max=.2)
-_redis = dict(priority_steps=list(range(10)), socket_connect_timeout=3, socket_keepalive=True,
+_redis = dict(priority_steps=list(range(10)), socket_connect_timeout=_patience, socket_keepalive=True,
               unacked_restore_throttle=1)
 _transport = dict(redis=_quick|_redis, amqp=_quick|dict(confirm_publish=True), other=_quick)
 
@@ -128,12 +129,18 @@ class CeleryBackend(Engine):
     def _link(self, url):
         "Find the way to the broker, which may be that to the records."
         from redis import Redis
-        self.line = Link(impatient(Redis.from_url(url), 3.0))
+        self.line = Link(impatient(Redis.from_url(url), _patience))
         if self.records and self.records.link.where==self.line.where:
             self.line,self.supports_all_or_none = self.records.link,True
 
     def _begins(self, sender, **_):
-        if sender.app is self.app: self.fit(set(self.app.amqp.queues.consume_from) & set(self.queues))
+        "Hear of a worker that is about to begin, and end it if it could not run our jobs as they are to be run."
+        mine = set(self.app.amqp.queues.consume_from) & set(self.queues)
+        if sender.app is not self.app or not mine: return
+        for option in 'time_limit', 'soft_time_limit': # its own, of the command line
+            if limit := getattr(sender, option):
+                raise SystemExit(f'bgtasks: the worker has {option}={limit}: {_never["task_"+option]}')
+        self.fit(mine)
 
     def _ready(self, sender=None, **_):
         "Hear of a process that is about to run jobs: a child of the pool, or a worker whose pool has none."
@@ -239,7 +246,7 @@ def _order(self, m):
 def _post(self, producer, m, wait, queue=None):
     self.app.send_task(m.task, (write_message(m),), task_id=m.id, queue=queue or self.queues[m.queue],
                        countdown=wait or None, argsrepr='', kwargsrepr='', ignore_result=True, producer=producer,
-                       retry_policy=_quick, **_order(self, m))
+                       retry_policy=_quick, confirm_timeout=_patience, **_order(self, m))
 
 @patch
 @contextmanager

@@ -213,3 +213,14 @@ class Process:
 
 def script(name): return str(Path(sys.executable).parent/name)
 def unique(): return f'bgtest-{secrets.token_hex(4)}-'
+
+# An app on green threads
+
+GREEN = """
+from gevent import monkey; monkey.patch_all()
+import sys, importlib, gevent
+queue = importlib.import_module(sys.argv[1]).queue
+jobs = [gevent.spawn(queue.tasks['checks.grow'].enqueue, str(i)) for i in range(30)]
+waits = [gevent.spawn(lambda job: queue.result(job.get(), 30), job) for job in jobs]
+print([o.get() for o in waits]==[str(i)*2 for i in range(30)], flush=True)
+"""

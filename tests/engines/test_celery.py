@@ -1,11 +1,11 @@
 "Celery as a backend, on real servers and with real workers in their own processes."
-import os, signal, sys, time
+import os, signal, sys, threading, time
 
 import pytest
 import redis
 from kombu import Queue
 from kombu.exceptions import ChannelError
-from live import forget_queues, rabbit_line, script, unique, until
+from live import GREEN, forget_queues, rabbit_behind, rabbit_line, rabbit_proxy, script, unique, until
 
 from bgtasks.conform import check_backend
 from bgtasks.errors import BackendUnavailable, BadOption
@@ -78,6 +78,12 @@ def test_other_pools_keep_them_too(site, redis_url, pool, slots):
     s.beat()
     assert len(check_backend(s.queue, wrapped=s.wrapped, slots=slots, patience=30)) > 20
 
+def test_a_time_limit_of_a_worker_is_refused(site, redis_url):
+    s = site(redis_url, redis_url)
+    limited = s.workers(script('celery'), '-A', 'celery_checks', 'worker', '--time-limit', '9', env=s.env)
+    until(lambda: limited.popen.poll() is not None, 60)
+    assert limited.popen.returncode and 'give timeout= to the tasks instead' in limited.said()
+
 def test_green_threads_are_refused_where_they_would_run_our_jobs(site, redis_url):
     pytest.importorskip('gevent')
     s = site(redis_url, redis_url)
@@ -87,15 +93,6 @@ def test_green_threads_are_refused_where_they_would_run_our_jobs(site, redis_url
     until(lambda: refused.popen.poll() is not None, 60)
     assert refused.popen.returncode and 'Start it with `--pool threads -c 50`' in refused.said()
     other.ready('ready.')
-
-GREEN = """
-from gevent import monkey; monkey.patch_all()
-import sys, importlib, gevent
-queue = importlib.import_module(sys.argv[1]).queue
-jobs = [gevent.spawn(queue.tasks['checks.grow'].enqueue, str(i)) for i in range(30)]
-waits = [gevent.spawn(lambda job: queue.result(job.get(), 30), job) for job in jobs]
-print([o.get() for o in waits]==[str(i)*2 for i in range(30)], flush=True)
-"""
 
 def test_an_app_on_green_threads_hands_in_jobs_and_gets_results(anywhere):
     pytest.importorskip('gevent')
@@ -249,3 +246,39 @@ def test_a_broker_that_restarts_while_jobs_run(site, own_redis, tmp_path):
     until(all_ended, 60)
     assert [s.queue.get(j).state for j in jobs]==['succeeded']*3
     assert (s.lines(tmp_path/'b'), s.lines(tmp_path/'a')[-1])==(['x'], 'through')
+
+@pytest.fixture
+def behind_proxy(site, rabbit_url, redis_url):
+    "The checks on a RabbitMQ behind a proxy, and that"
+    proxy = rabbit_proxy()
+    s = site(rabbit_behind(proxy), redis_url)
+    yield s,proxy
+    for p in s.workers.started: p.end()
+    proxy.down()
+    forget_queues([s.env['CHECK_PREFIX']+o for o in ('default', 'celery')])
+
+@pytest.mark.parametrize('trouble', ['down', 'hang'])
+def test_a_rabbitmq_that_is_down_or_hangs_is_told_and_leaves_no_record(behind_proxy, trouble):
+    s,proxy = behind_proxy
+    s.task('grow').enqueue('a') # a connection that was good before
+    was,told = s.queue.store.last_event(),[]
+    getattr(proxy, trouble)()
+    def act():
+        try: s.task('grow').enqueue('b')
+        except BackendUnavailable as e: told.append(e)
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(60) # for ever is what it must not be
+    assert (len(told), s.queue.store.events(was))==(1, [])
+
+def test_a_rabbitmq_that_is_away_while_jobs_run_loses_none(behind_proxy, tmp_path):
+    s,proxy = behind_proxy
+    s.worker()
+    job,later = s.task('hold').enqueue(str(tmp_path/'hold')),s.task('grow').using(delay=3).enqueue('b')
+    until(lambda: s.lines(tmp_path/'hold.held'))
+    proxy.down()
+    (tmp_path/'hold').touch() # it ends while RabbitMQ is away
+    time.sleep(1)
+    proxy.up()
+    assert (s.queue.result(job, 60), s.queue.result(later, 60))==(None, 'bb')
+    assert s.queue.result(s.task('grow').enqueue('c'), 60)=='cc'

@@ -61,19 +61,10 @@ def test_green_threads_are_refused_where_they_would_run_our_jobs(stage):
     assert refused.popen.returncode and 'Start it with `dramatiq -t 50`' in refused.said()
     other.ready('is ready for action')
 
-GREEN = """
-from gevent import monkey; monkey.patch_all()
-import dramatiq_app, gevent
-queue = dramatiq_app.queue
-jobs = [gevent.spawn(queue.tasks['checks.grow'].enqueue, str(i)) for i in range(30)]
-waits = [gevent.spawn(lambda job: queue.result(job.get(), 30), job) for job in jobs]
-print([o.get() for o in waits]==[str(i)*2 for i in range(30)], flush=True)
-"""
-
 def test_an_app_on_green_threads_hands_in_jobs_and_gets_results(stage):
     pytest.importorskip('gevent')
     stage.worker()
-    stage.start(sys.executable, '-c', GREEN, env=stage.environ()).ready('True')
+    stage.start(sys.executable, '-c', live.GREEN, 'dramatiq_app', env=stage.environ()).ready('True')
 
 def test_a_job_whose_worker_is_killed_runs_again(stage):
     first = stage.worker()
