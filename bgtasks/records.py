@@ -6,7 +6,7 @@
 __all__ = ['Records', 'worker_name', 'vanished']
 
 # %% ../nbs/api/26_records.ipynb #19df84e5
-import os, socket, time
+import os, re, socket, time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +35,16 @@ def _reached(what):
 
 def _connected(server, wait):
     "A client that waits for nothing longer than `wait` seconds."
-    try: from redis import Redis
+    try: from redis import Redis, RedisError
     except ImportError: raise BadOption('records in Redis need its client: `pip install redis`') from None
-    if isinstance(server, str):
-        try: server = Redis.from_url(server.replace('redis+socket://', 'unix://', 1))
-        except ValueError as e: raise BadOption(f'{server!r} is no URL of a Redis: {e}') from None
-    return impatient(server, wait)
+    if not isinstance(server, str): return impatient(server, wait)
+    try:
+        client = Redis.from_url(server.replace('redis+socket://', 'unix://', 1).replace('?virtual_host=', '?db=', 1))
+        client.connection_pool.make_connection() # which connects to nothing, but looks at the options
+    except (ValueError, TypeError, RedisError) as e:
+        where = re.sub('//.*@', '//…@', server.partition('?')[0]) # without what is secret
+        raise BadOption(f'{where!r} is no URL of a Redis: {e}') from None
+    return impatient(client, wait)
 
 # %% ../nbs/api/26_records.ipynb #9b382fd5
 class Records:

@@ -111,7 +111,7 @@ class CeleryBackend(Engine):
     ):
         if not isinstance(app, Celery): raise BadOption(f"CeleryBackend({app!r}): give a Celery app: Celery('shop', …)")
         super().__init__(_redis_of(app) if records is _records_of_app else records)
-        self.app,self.kind,self.queues,self._beats = app,_kind(app),{},{}
+        self.app,self.kind,self.queues = app,_kind(app),{}
         _settle_in(app, self.kind, self.records and self.visibility)
         seen = app.conf.broker_transport_options.get('visibility_timeout', 3600) if self.kind=='redis' else float('inf')
         self.longest,self._visible = min(seen/2, 600),seen
