@@ -6,10 +6,10 @@
 __all__ = ['impatient', 'Link', 'together']
 
 # %% ../nbs/api/18_link.ipynb #1c4deffa
-import os, select
+import os, select, socket, struct
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha1
-from socket import timeout
 from typing import Any
 
 # %% ../nbs/api/18_link.ipynb #7c5167da
@@ -100,13 +100,23 @@ def _answer(conn, e):
 def _named(error, e):
     "As redis-py has it."
     if not isinstance(error, OSError) or isinstance(error, e.RedisError): return error
-    return (e.TimeoutError if isinstance(error, timeout) else e.ConnectionError)(str(error))
+    late = isinstance(error, (socket.timeout, BlockingIOError))
+    return e.TimeoutError('timed out') if late else e.ConnectionError(str(error))
 
 def _closed(conn):
     "Has the server closed an idle connection, or said something that nobody has asked for?"
     if not _plain(conn) or hasattr(conn._sock, 'pending') or not hasattr(select, 'poll'): return conn.can_read() # TLS
     (look := select.poll()).register(conn._sock, select.POLLIN)
     return bool(look.poll(0))
+
+def _timed_by_system(sock):
+    "Have the system wait no longer than `sock` does, where it can."
+    wait = sock.gettimeout()
+    if not wait or os.name!='posix' or type(sock).__module__!='socket': return # TLS, or somebody's green threads
+    at = struct.pack('@ll', *divmod(max(int(wait*1e6), 1), 1_000_000))
+    with suppress(OSError):
+        for o in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO): sock.setsockopt(socket.SOL_SOCKET, o, at)
+        sock.settimeout(None)
 
 def _plain(conn): return hasattr(conn, '_sock') and 'Hiredis' not in type(getattr(conn, '_parser', None)).__name__
 
@@ -168,7 +178,7 @@ class Link:
             idle = conn is not None
             try:
                 if idle and meanwhile is not None and _closed(conn): raise e.ConnectionError('closed by the server')
-                if not idle: (conn := self.pool.make_connection()).connect()
+                if not idle: conn = self._connected()
                 conn.send_packed_command([data], check_health=False)
                 if meanwhile is not None: failed,meanwhile = _error_of(meanwhile),None
                 got = _answers(conn._sock, n, e) if _plain(conn) else [_answer(conn, e) for _ in range(n)]
@@ -180,6 +190,11 @@ class Link:
             self._free.append(conn)
             if failed is not None: raise failed
             return got
+
+    def _connected(self):
+        (conn := self.pool.make_connection()).connect()
+        if _plain(conn): _timed_by_system(conn._sock)
+        return conn
 
     def _take(self):
         "A connection that nobody uses; a forked child leaves its parent's alone."
