@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec, pytest
 
 from bgtasks.errors import StoreError
-from bgtasks.job import Call, Done, State, new_id
+from bgtasks.job import Call, Done, Notice, State, new_id
 from bgtasks.queue import TaskQueue
 from bgtasks.sqlite import SQLiteStore
 from bgtasks.worker import Worker
@@ -263,6 +263,23 @@ def test_a_standing_order_brings_no_old_job_that_has_the_key(tmp_path):
         assert task.enqueue().id==old.id and not given and q.get(old).state is State.queued
         task.using(key='other').enqueue() # one that is new comes, with its key
         assert given==[[[q.get(q.find(limit=1)[0])]]] and given[0][0][0].key=='other'
+
+def test_what_the_store_records_by_itself_comes_to_an_idle_worker_too(tmp_path):
+    "A tick of a schedule, and the news of an end; what is undone comes to nobody"
+    with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
+        store,given = q.store,[]
+        def call(**kw): return Call(id=new_id(), task='t', payload=b'[[],{}]', **kw)
+        def wait(): store.stand_by('w', [(['t', 'tell'], 5)], give=given.append)
+        wait(); store.tick('s', 1.0, 2.0, call())
+        assert not given # it was no tick
+        store.tick('s', None, 2.0, call(notify=(Notice(task='tell'),)))
+        job, = given.pop()[0]
+        assert store.get(job.id)==job and job.state is State.running
+        wait(); done = Done(seq=job.seq, attempt=1, state=State.succeeded)
+        store.finish([done, done]) # the second is late, so the transaction is undone and done again
+        news, = given.pop()[0]
+        assert (news.task, given, store.counts()[State.running])==('tell', [], 1)
+        assert [e.kind for e in store.events(job=news.id)]==['queued', 'running']
 
 class Server(Command):
     "An app under uvicorn, in a process of its own, with a worker in its lifespan"
