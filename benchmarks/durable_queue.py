@@ -81,8 +81,8 @@ def same_writes(cx, n, batch=1):
     for _ in range(n//batch):
         cx.execute('BEGIN IMMEDIATE')
         now = time.time()
-        cx.executemany(insert_sql, [(None, i, 1, 1, 0, now, now, 0, None, 604800.0, None, None, b'[[1],{}]', 0, None,
-                                     None, None) for i in new_ids(batch)])
+        cx.executemany(insert_sql, [(None, i, 1, 1, 0, now, now, 0, None, 604800.0, None, None, b'[[1],{}]')
+                                    for i in new_ids(batch)])
         cx.execute('COMMIT')
 
 # The queue

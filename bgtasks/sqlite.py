@@ -21,7 +21,7 @@ from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, tex
 from .retry import after_crash
 from .schema import up_to_date
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
-    cancel_jobs, claim_all, claimed, corrupt, due, end_attempts, ends, first_due, forget, held,
+    begun_sql, cancel_jobs, claim_all, claimed, corrupt, due, end_attempts, ends, first_due, forget, held,
     insert_sql, job_sql, keep_notices, keep_progress, note_begun, prolong, queue_again, readable, states, to_tell)
 
 # %% ../nbs/api/21_sqlite.ipynb #08981027
@@ -76,13 +76,13 @@ def _record(self:SQLiteStore, cx, calls):
     self.lanes.read(cx, at)
     lanes = {k: self.lanes.number(cx, k) for k in {(c.task, c.queue) for c in calls}}
     jobs = [as_new_job(c, n, now) for n,c in enumerate(calls, last+1)]
-    rows = [as_row(j, c.payload, lanes[j.task, j.queue]) for c,j in zip(calls, jobs)]
     begun = self.orders.serve(jobs, self.lanes.paused, self.file.after) if self.orders.open else []
-    for j,lease in begun:
-        n = j.seq-last-1
-        rows[n] = as_row(j, calls[n].payload, lanes[j.task, j.queue], self.ticks()+lease)
-    cx.executemany(insert_sql, rows)
-    if begun: note_begun(cx, [j for j,_ in begun], last+len(jobs)+1)
+    def row(j, until=None): return as_row(j, calls[j.seq-last-1].payload, lanes[j.task, j.queue], until)
+    if begun:
+        cx.executemany(begun_sql, [row(j, self.ticks()+lease) for j,lease in begun])
+        note_begun(cx, [j for j,_ in begun], last+len(jobs)+1)
+    seqs = {j.seq for j,_ in begun}
+    cx.executemany(insert_sql, [row(j) for j in jobs if j.seq not in seqs])
     self.file.news = self.file.news or len(begun) < len(jobs)
     keep_notices(cx, calls, last+1)
     if not (waiting := [j for j in jobs if j.after]): return jobs

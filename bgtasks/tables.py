@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LATER', 'DUE', 'RUNNING', 'BLOCKED', 'SUCCEEDED', 'DEAD', 'CANCELLED', 'states', 'ends', 'job_sql', 'insert_sql',
-           'as_job', 'corrupt', 'readable', 'as_new_job', 'as_row', 'held', 'prolong', 'keep_progress', 'due',
-           'first_due', 'claim_all', 'note_begun', 'claimed', 'cancel_jobs', 'after_end', 'await_parents',
+           'begun_sql', 'as_job', 'corrupt', 'readable', 'as_new_job', 'as_row', 'held', 'prolong', 'keep_progress',
+           'due', 'first_due', 'claim_all', 'note_begun', 'claimed', 'cancel_jobs', 'after_end', 'await_parents',
            'queue_again', 'end_attempts', 'keep_notices', 'to_tell', 'forget']
 
 # %% ../nbs/api/14_tables.ipynb #a5c0e732
@@ -91,19 +91,21 @@ def as_new_job(
                run_at=c.run_at or now, created_at=now, retries=c.retries, timeout=c.timeout, key=c.key, after=c.after,
                keep=c.keep, seq=seq)
 
-insert_sql = """INSERT INTO jobs(seq,id,lane,st,priority,run_at,created_at,retries,timeout,keep,key,after,payload,
-attempt,worker,started_at,until) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"""
+_new = 'seq,id,lane,st,priority,run_at,created_at,retries,timeout,keep,key,after,payload'
+insert_sql = f'INSERT INTO jobs({_new}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)'
+begun_sql = f'INSERT INTO jobs({_new},attempt,worker,started_at,until) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)'
 
 def as_row(
     j:Job,                  # As it is to be recorded
     payload:bytes,          # Its arguments
     lane:int,               # Its task and queue
     until:float|None=None   # End of its lease, if it is claimed already
-) -> tuple: # For `insert_sql`
+) -> tuple: # For `insert_sql`; with `until` for `begun_sql`
     "Make a row of a new record."
     st = BLOCKED if j.after else LATER if j.run_at > j.created_at else DUE if until is None else RUNNING
-    return (j.seq, j.id, lane, st, j.priority, j.run_at, j.created_at, j.retries, j.timeout, j.keep, j.key,
-            json.encode(j.after) if j.after else None, payload, j.attempt, j.worker, j.started_at, until)
+    row = (j.seq, j.id, lane, st, j.priority, j.run_at, j.created_at, j.retries, j.timeout, j.keep, j.key,
+           json.encode(j.after) if j.after else None, payload)
+    return row if until is None else (*row, j.attempt, j.worker, j.started_at, until)
 
 # %% ../nbs/api/14_tables.ipynb #0678b53f
 def held(
