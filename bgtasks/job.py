@@ -7,11 +7,12 @@ __all__ = ['State', 'task_name', 'new_ids', 'new_id', 'utf8', 'Failure', 'Progre
            'news', 'deliveries', 'Event']
 
 # %% ../nbs/api/00_job.ipynb #2e46f43f
-import os, time
+import os, string, time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from functools import partial
+from itertools import product
 from typing import Any
 
 from msgspec import Struct, field, json
@@ -35,19 +36,26 @@ def task_name(
     return f"{getattr(named, '__module__', None) or '?'}.{named.__qualname__}"
 
 # %% ../nbs/api/00_job.ipynb #b81cc888
-def _stamp(now=None): return int((time.time() if now is None else now)*1000).to_bytes(6, 'big')
+_letters = string.ascii_uppercase+string.ascii_lowercase+string.digits+'-_' # of base64, as a URL may have it
+_ordered = ''.join(sorted(_letters))
+_in_order = bytes.maketrans(_letters.encode(), _ordered.encode())
+
+def _stamp(now=None):
+    raw = int((time.time() if now is None else now)*1000).to_bytes(6, 'big')
+    return urlsafe_b64encode(raw).translate(_in_order).decode()
 
 def new_ids(
     n:int,                # How many
     now:float|None=None   # Seconds since 1970; the time of the call if missing
 ) -> list[str]: # Ids of 24 characters, safe in a URL
-    "Make `n` ids that nobody can guess, and that lie side by side."
-    stamp,dice = urlsafe_b64encode(_stamp(now)).decode(),urlsafe_b64encode(os.urandom(12*n)).decode()
-    return [stamp+dice[i:i+16] for i in range(0, 16*n, 16)]
+    "Make `n` ids that nobody can guess, each higher than those before."
+    if n > 64**4: return new_ids(64**4, now)+new_ids(n-64**4, now)
+    stamp,dice = _stamp(now),urlsafe_b64encode(os.urandom(9*n)).decode()
+    return [stamp+no+dice[i:i+12] for i,no in zip(range(0, 12*n, 12), map(''.join, product(_ordered, repeat=4)))]
 
 def new_id() -> str:
-    "Make one id, as `new_ids` does."
-    return urlsafe_b64encode(_stamp()+os.urandom(12)).decode()
+    "Make one id, higher than those of an earlier millisecond."
+    return _stamp()+urlsafe_b64encode(os.urandom(12)).decode()
 
 # %% ../nbs/api/00_job.ipynb #d691f768
 def utf8(
