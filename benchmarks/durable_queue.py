@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
+from struct import Struct
 
 import apsw
 
@@ -22,6 +23,7 @@ from bgtasks.tables import insert_sql
 from bgtasks.worker import Worker
 
 ROUNDS,scale,folder,numbers = 5,1.0,None,count()
+TIME = Struct('d') # as one process tells it to another
 
 def n_of(n): return max(10, int(n*scale))
 def new_path(): return Path(folder)/f'{next(numbers)}.db'
@@ -174,6 +176,28 @@ async def bare_gaps(durability, n):
     thread.join()
     return res
 
+async def bare_gaps_from_outside(durability, n):
+    "The same with two processes: one commits a row and says so in a pipe, a thread of the other claims it"
+    loop,cx,inbox,res = asyncio.get_running_loop(),bare(durability),SimpleQueue(),[]
+    cx.execute('PRAGMA synchronous=NORMAL')
+    async def job(since): res.append(time.monotonic()-since)
+    def claim():
+        while since := inbox.get():
+            cx.execute(CLAIM, (1,)).fetchall()
+            loop.call_soon_threadsafe(lambda since=since: loop.create_task(job(since)))
+    ours,theirs = os.pipe()
+    loop.add_reader(ours, lambda: inbox.put(*TIME.unpack(os.read(ours, TIME.size))))
+    thread = threading.Thread(target=claim)
+    thread.start()
+    child = await asyncio.create_subprocess_exec(*child_command('bare', cx.filename, n+20, durability), stdout=theirs)
+    await child.wait()
+    while len(res) < n+20: await asyncio.sleep(.01)
+    inbox.put(None)
+    thread.join()
+    loop.remove_reader(ours)
+    for fd in (ours, theirs): os.close(fd)
+    return res[20:]
+
 async def gaps(queue, n):
     "Record jobs in this process, each when the worker has nothing to do"
     async with Worker(queue):
@@ -199,8 +223,10 @@ def latency():
         asyncio.run(gaps(queue_at(new_path(), durability), n_of(500)))
         bare += asyncio.run(bare_gaps(durability, n_of(250)))
         yield from percentiles(f'enqueue → start, same process, {durability}', .3, 2, bare)
+        bare = asyncio.run(bare_gaps_from_outside(durability, n_of(250)))
         asyncio.run(gaps_from_outside(queue_at(new_path(), durability), n_of(500)))
-        yield from percentiles(f'enqueue → start, other process, {durability}', 1.5, 5)
+        bare += asyncio.run(bare_gaps_from_outside(durability, n_of(250)))
+        yield from percentiles(f'enqueue → start, other process, {durability}', 1.5, 5, bare)
 
 def so_far(): return int(repr(ran)[6:-1]) # looks at the counter without moving it
 
@@ -242,7 +268,17 @@ def peak_mib():
     if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     return int(next(l for l in status.read_text().splitlines() if l.startswith('VmHWM')).split()[1])/1024
 
+def record_bare(path, n, durability):
+    cx = apsw.Connection(path)
+    cx.execute(f"PRAGMA synchronous={'FULL' if durability=='power' else 'NORMAL'}")
+    for _ in range(n):
+        time.sleep(.01)
+        since = time.monotonic()
+        bare_one_by_one(cx, 1)
+        os.write(1, TIME.pack(since))
+
 def child(what, path, n, durability):
+    if what=='bare': return record_bare(path, int(n), durability)
     queue = queue_at(path, durability)
     if what=='record':
         for _ in range(int(n)):
