@@ -41,8 +41,8 @@ _ordered = ''.join(sorted(_letters))
 _in_order = bytes.maketrans(_letters.encode(), _ordered.encode())
 
 def _stamp(now=None):
-    raw = int((time.time() if now is None else now)*1000).to_bytes(6, 'big')
-    return urlsafe_b64encode(raw).translate(_in_order).decode()
+    ms = int((time.time() if now is None else now)*1000)
+    return urlsafe_b64encode((ms | 1<<47).to_bytes(6, 'big')).translate(_in_order).decode()
 
 def new_ids(
     n:int,                # How many
