@@ -81,7 +81,8 @@ def _fill(self:Worker, lane):
     "Start what waits in `lane`, as far as there is room."
     while lane.ready and lane.running < lane.limit and not self._stopping:
         job = lane.ready.popleft()
-        if (task := self.queue.tasks.get(job.task)) is None: self._give_back(job)
+        task,over = self.queue.tasks.get(job.task),monotonic() >= self._renew_at+self.lease*2/3
+        if task is None or over: self._give_back(job)
         else: self._start(Running(job, task, lane))
 
 @patch

@@ -241,6 +241,26 @@ def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
                 for job in jobs: await q.aresult(job, 30)
     asyncio.run(main())
 
+def test_what_was_claimed_ahead_is_not_started_when_others_may_have_it(tmp_path):
+    queue,other = (TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) for _ in range(2))
+    ran,taken,after = [],[],[]
+
+    @queue.task(name='halt')
+    async def halt(n:int):
+        ran.append(n)
+        if n%100 or len(taken) > 1: return # once it had only this one: again
+        time.sleep(1) # the loop stands still for longer than a lease
+        taken[:] = [j.args[0] for j in other.store.sweep()]
+        after[:] = [len(ran)]
+        if len(taken) > 1: other.store.pause('default')
+
+    halt.enqueue_many([(n,) for n in range(1, 3000)])
+    async def main():
+        async with Worker(queue, concurrency=1, lease=.5):
+            while len(taken) < 2: await asyncio.sleep(.01)
+    asyncio.run(main())
+    assert not set(ran[after[0]:]) & set(taken) and queue.counts()[State.running]==0
+
 def test_a_key_that_comes_twice_is_one_job_for_an_idle_worker(tmp_path):
     async def main():
         with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
