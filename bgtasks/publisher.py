@@ -34,7 +34,8 @@ class _Line:
     "One connection, and on it one channel where each message is confirmed."
     def __init__(self, p):
         from pika import frame, spec
-        self.frame,self.spec,self.data,self.blocked,self.limit = frame,spec,b'',None,p.blocked_connection_timeout
+        self.frame,self.spec,self.data,self.sent = frame,spec,b'',0
+        self.blocked,self.limit = None,p.blocked_connection_timeout
         self.sock = _connected(p)
         try: self._open(p)
         except BaseException:
@@ -123,8 +124,10 @@ def publish(self:_Line, queue, body, properties):
     "Send a message, and wait until it is confirmed."
     f,room = self.frame,self.most-8
     parts = [f.Header(1, len(body), properties), *(f.Body(1, body[i:i+room]) for i in range(0, len(body), room))]
+    self.sent += 1
     self.sock.sendall(_command(queue) + b''.join([o.marshal() for o in parts]))
-    self._heard(self.spec.Basic.Ack)
+    if (tag := self._heard(self.spec.Basic.Ack).delivery_tag)!=self.sent:
+        raise ConnectionError(f'RabbitMQ has confirmed message {tag} where {self.sent} was due')
 
 @patch
 def close(self:_Line):

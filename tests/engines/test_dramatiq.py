@@ -142,6 +142,20 @@ def test_a_publisher_that_rabbitmq_has_closed_for_its_silence_goes_on(rabbit_url
     publisher.close()
     line.close()
 
+def test_the_confirmation_of_an_earlier_message_confirms_no_later_one(rabbit_url):
+    publisher = Publisher(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
+    name,properties,theirs = live.unique()+'q',pika.BasicProperties(),live.rabbit_line()
+    theirs.channel().queue_declare(name, exclusive=True)
+    publisher.publish(name, b'a', properties)
+    line = publisher._free[0]
+    line._heard = lambda kind: None # gone before the answer has come
+    with suppress(AttributeError): line.publish(name, b'b', properties)
+    del line._heard
+    with pytest.raises(ConnectionError, match='confirmed message 2 where 3 was due|NO_ROUTE'):
+        line.publish(name+'-gone', b'c', properties)
+    line.sock.close()
+    theirs.close()
+
 def test_a_job_that_kills_its_workers_is_dead(stage):
     job = stage.queue.tasks['die'].enqueue()
     for _ in range(6):
