@@ -121,7 +121,7 @@ class SharedFile:
         cx.set_busy_handler(_patient(self.timeout))
         if not self.memory: _to_wal(cx)
         cx.execute(f"PRAGMA synchronous={'FULL' if self.sync else 'NORMAL'}")
-        cx.execute('PRAGMA cache_size=-16000; PRAGMA journal_size_limit=67108864')
+        cx.execute('PRAGMA cache_size=-16000; PRAGMA journal_size_limit=67108864; PRAGMA wal_autocheckpoint=4000')
         return cx
 
     def _check(self):
