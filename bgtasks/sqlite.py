@@ -16,8 +16,9 @@ from msgspec import json, structs
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
-from .lanes import Lanes, Orders
+from .lanes import Lanes
 from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, text
+from .orders import Orders
 from .retry import after_crash
 from .schema import up_to_date
 from .tables import (BLOCKED, CANCELLED, DEAD, DUE, LATER, SUCCEEDED, as_new_job, as_row, await_parents,
