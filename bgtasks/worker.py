@@ -24,7 +24,7 @@ from .report import Reports, keep_logs
 from .run import _limits, set_limits
 from .signals import on_signals
 from .threads import Threads, from_threads, quick_turns
-from .turn import Lane, Running, Turn, check_numbers, queue_names
+from .turn import Room, Running, Turn, check_numbers, queue_names
 
 # %% ../nbs/api/40_worker.ipynb #12e06ed5
 _log = logging.getLogger('bgtasks')
@@ -65,8 +65,8 @@ def _reset(self:Worker):
     "Begin with nothing under way."
     self.name = self._given or f'{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}'
     self._loop,self._context,self._threads = asyncio.get_running_loop(),copy_context(),Threads()
-    self._lanes = {k: Lane(self._threads if k=='thread' else k, n) for k,n in self.limits.items()}
-    self._tasks,self._running,self._done = None,{},[] # tasks in lanes; attempts by (seq, attempt); verdicts to write
+    self._rooms = {k: Room(self._threads if k=='thread' else k, n) for k,n in self.limits.items()}
+    self._tasks,self._running,self._done = None,{},[] # tasks in rooms; attempts by (seq, attempt); verdicts to write
     self._reports = Reports(from_threads(self._loop, self._reported))
     self._stir,self._told,self._empty = asyncio.Event(),asyncio.Event(),asyncio.Event()
     self._stopping,self._closed,self._trouble,self._turn = False,False,0,None
@@ -77,19 +77,19 @@ def _reset(self:Worker):
 
 # %% ../nbs/api/40_worker.ipynb #cbf96f3e
 @patch
-def _fill(self:Worker, lane):
-    "Start what waits in `lane`, as far as there is room."
-    while lane.ready and lane.running < lane.limit and not self._stopping:
-        job = lane.ready.popleft()
+def _fill(self:Worker, room):
+    "Start what waits in `room`, as far as it has free places."
+    while room.ready and room.running < room.limit and not self._stopping:
+        job = room.ready.popleft()
         task,over = self.queue.tasks.get(job.task),monotonic() >= self._renew_at+self.lease*2/3
         if task is None or over: self._give_back(job)
-        else: self._start(Running(job, task, lane))
+        else: self._start(Running(job, task, room))
 
 @patch
 def _start(self:Worker, a):
     self._running[a.key] = a
-    a.lane.running += 1
-    a.lane.moved = a.since
+    a.room.running += 1
+    a.room.moved = a.since
     a.future = self._loop.create_task(self._one(a), context=self._context.copy())
 
 @patch
@@ -103,7 +103,7 @@ def _give_back(self:Worker, job):
 async def _one(self:Worker, a):
     "Run one attempt and take leave of it."
     reporter = self._reports.reporter(*a.key)
-    try: out = await attempt(a.job, a.task, a.lane.runner, self.queue.middleware, reporter)
+    try: out = await attempt(a.job, a.task, a.room.runner, self.queue.middleware, reporter)
     except asyncio.CancelledError as e: out = None if a.stopped or self._pump_task.cancelling() else Outcome(error=e)
     except BaseException as e:
         if isinstance(e, GeneratorExit) and asyncio.current_task(self._loop) is None: raise # thrown away with its loop
@@ -112,14 +112,14 @@ async def _one(self:Worker, a):
 
 @patch
 def _end(self:Worker, a, out):
-    "Make room, and put the verdict with those to be written."
+    "Free its place, and put the verdict with those to be written."
     del self._running[a.key]
-    a.lane.running -= 1
-    a.lane.ended += 1
+    a.room.running -= 1
+    a.room.ended += 1
     if a.stopped=='lost': _log.info('Job %s (%s) was stopped, what it gave is dropped', a.job.id, a.job.task)
     elif out is None or a.stopped and out.error: self._give_back(a.job)
     else: self._done.append(verdict(a.job, a.task, out, self.queue.clock()))
-    if a.lane.ready: self._fill(a.lane)
+    if a.room.ready: self._fill(a.room)
     if not self._running: self._ask_at = 0 # nothing to do: look again before going to sleep
     self._stir.set()
 
@@ -143,36 +143,36 @@ def _gather(self:Worker, now) -> Turn:
 
 @patch
 def _ask(self:Worker, turn, look):
-    "Have `turn` claim for lanes that may get more, or for all when it is time to `look`."
+    "Have `turn` claim for rooms that may get more, or for all when it is time to `look`."
     self._sort_tasks()
-    asked = [l for l in self._lanes.values() if look or l.more]
-    turn.wants,turn.queues,turn.look = [(l, n) for l in asked if (n := l.wants())],self.queues,look
-    turn.sure = self._sign or any(l.more for l,_ in turn.wants)
+    asked = [r for r in self._rooms.values() if look or r.more]
+    turn.wants,turn.queues,turn.look = [(r, n) for r in asked if (n := r.wants())],self.queues,look
+    turn.sure = self._sign or any(r.more for r,_ in turn.wants)
     if not look: return
-    for l in asked: l.more = not l.wants() # it gets none now, whatever there is
+    for r in asked: r.more = not r.wants() # it gets none now, whatever there is
     self._sign = False
 
 @patch
 def _held(self:Worker, turn):
     "All attempts whose leases are to be prolonged."
-    ready = [(j.seq, j.attempt) for l in self._lanes.values() for j in l.ready]
+    ready = [(j.seq, j.attempt) for r in self._rooms.values() for j in r.ready]
     return [*self._running, *ready, *((d.seq, d.attempt) for d in turn.done)]
 
 @patch
 def _sort_tasks(self:Worker):
-    "Tell each lane which tasks are its own; tasks may be added, or declared anew, at any time."
+    "Tell each room which tasks are its own; tasks may be added, or declared anew, at any time."
     if (tasks := [*self.queue.tasks.values()])==self._tasks: return
     self._tasks,kinds = tasks,{t.name: t.runner or (None if t.is_async else 'thread') for t in tasks}
-    for kind,lane in self._lanes.items(): lane.names = [n for n,k in kinds.items() if k==kind]
+    for kind,room in self._rooms.items(): room.names = [n for n,k in kinds.items() if k==kind]
 
 @patch
 def _hand_over(self:Worker, now):
     "Give back what was claimed ahead, if the jobs before it turn out to take long."
-    for lane in self._lanes.values():
-        if lane.ready and (self._stopping or now-lane.moved > .1):
-            for job in lane.ready: self._give_back(job)
-            lane.ready.clear()
-            lane.rate = 0
+    for room in self._rooms.values():
+        if room.ready and (self._stopping or now-room.moved > .1):
+            for job in room.ready: self._give_back(job)
+            room.ready.clear()
+            room.rate = 0
 
 # %% ../nbs/api/40_worker.ipynb #9804fe47
 @patch
@@ -183,7 +183,7 @@ def _digest(self:Worker, turn):
     for key in turn.lost: self._stop_attempt(tuple(key), 'lost')
     for j in turn.swept: _log.warning('Job %s (%s) has lost its worker %s; it is %s', j.id, j.task, j.worker, j.state)
     self._take_in(turn.jobs, now)
-    for lane in self._lanes.values(): lane.measure(max(now-self._turned_at, 1e-4))
+    for room in self._rooms.values(): room.measure(max(now-self._turned_at, 1e-4))
     self._turned_at = now
     if turn.prune: self._prune_at = now + (.5 if turn.pruned else 10)
     if turn.error: self._bear(turn, now)
@@ -193,10 +193,10 @@ def _digest(self:Worker, turn):
 
 @patch
 def _take_in(self:Worker, jobs, now):
-    for lane,some in jobs:
-        lane.ready.extend(some)
-        if some: lane.moved = now
-        self._fill(lane)
+    for room,some in jobs:
+        room.ready.extend(some)
+        if some: room.moved = now
+        self._fill(room)
 
 @patch
 def _bear(self:Worker, turn, now):
@@ -228,21 +228,21 @@ def _added(self:Worker):
 @patch
 def _stand_by(self:Worker):
     "While there is nothing to do, have the next job claimed by the very commit that records it."
-    busy = self._running or self._done or self._stopping or any(l.ready for l in self._lanes.values())
-    lanes = [] if busy else [l for l in self._lanes.values() if l.wants()]
-    wants = [(l.names, l.wants()) for l in lanes]
+    busy = self._running or self._done or self._stopping or any(r.ready for r in self._rooms.values())
+    rooms = [] if busy else [r for r in self._rooms.values() if r.wants()]
+    wants = [(r.names, r.wants()) for r in rooms]
     def give(jobs):
-        try: self._loop.call_soon_threadsafe(self._handed, lanes, wants, jobs)
+        try: self._loop.call_soon_threadsafe(self._handed, rooms, wants, jobs)
         except RuntimeError: self.queue.store.leave(self.name) # the loop has ended, and this worker with it
     self.queue.store.stand_by(self.name, wants, self.queues, lease=self.lease, give=give)
 
 @patch
-def _handed(self:Worker, lanes, wants, jobs):
+def _handed(self:Worker, rooms, wants, jobs):
     self._sort_tasks()
-    for lane,(names,_),some in zip(lanes, wants, jobs):
-        if lane.names is names and not self._stopping: self._take_in([(lane, some)], monotonic())
+    for room,(names,_),some in zip(rooms, wants, jobs):
+        if room.names is names and not self._stopping: self._take_in([(room, some)], monotonic())
         else: [self._give_back(job) for job in some] # tasks have been declared anew, and may run elsewhere now
-        if lane.ready: self._stir.set() # they wait for a place, but not for long
+        if room.ready: self._stir.set() # they wait for a place, but not for long
 
 @patch
 def _heard(self:Worker):
@@ -262,10 +262,10 @@ def _rest_time(self:Worker, now) -> float:
     if self._done: at.append(0)
     if self._reporting: at.append(self._report_at)
     if self._seen and self._running: at.append(self._watched_at+.25)
-    for lane in self._lanes.values():
-        if lane.ready: at.append(0 if self._stopping else lane.moved+.1)
-        if self._stopping or lane.running >= lane.limit or not lane.wants(): continue
-        at.append(0 if lane.more else self._ask_at)
+    for room in self._rooms.values():
+        if room.ready: at.append(0 if self._stopping else room.moved+.1)
+        if self._stopping or room.running >= room.limit or not room.wants(): continue
+        at.append(0 if room.more else self._ask_at)
     return max(min(at), self._not_before) - now
 
 @patch
@@ -306,8 +306,8 @@ def _stop_attempt(self:Worker, key, why):
     if a := self._running.get(key):
         if a.stopped is None: a.stopped = why; a.future.cancel()
         return
-    for lane in self._lanes.values():
-        for job in [j for j in lane.ready if (j.seq, j.attempt)==key]: lane.ready.remove(job)
+    for room in self._rooms.values():
+        for job in [j for j in room.ready if (j.seq, j.attempt)==key]: room.ready.remove(job)
 
 @patch
 async def start(self:Worker):
@@ -354,7 +354,7 @@ async def stop(self:Worker):
 
 @patch
 def _all_written(self:Worker):
-    return not (self._done or self._turn or any(l.ready for l in self._lanes.values()))
+    return not (self._done or self._turn or any(r.ready for r in self._rooms.values()))
 
 @patch
 async def _wait_until(self:Worker, condition, seconds):
