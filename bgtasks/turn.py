@@ -7,14 +7,14 @@ __all__ = ['check_numbers', 'queue_names', 'Room', 'Running', 'Turn', 'unwritabl
 
 # %% ../nbs/api/36_turn.ipynb #320eaf34
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import Any
 
 from fastcore.basics import patch
 
 from .errors import BadOption, Unusable
-from .job import Done, State
+from .job import Done, Job, State
 from .mend import mend
 from .retry import failure
 
@@ -51,9 +51,17 @@ class Room:
 
     def wants(self) -> int:
         "Tell how many jobs to claim."
-        ahead = min(int(self.rate*.05), 40*self.limit)
+        ahead = min(int(self.rate*.2), 160*self.limit)
         free = self.limit + ahead - self.running - len(self.ready)
         return free if self.names and free > ahead//2 else 0
+
+    def line_up(self,
+        jobs:Sequence[Job] # Just claimed, the highest priority first
+    ):
+        "Let jobs wait for a place, before those of a lower priority."
+        overtake = self.ready and jobs and jobs[0].priority > self.ready[-1].priority
+        self.ready.extend(jobs)
+        if overtake: self.ready = deque(sorted(self.ready, key=lambda j: -j.priority))
 
     def measure(self,
         seconds:float # Since the last time

@@ -167,9 +167,10 @@ def _sort_tasks(self:Worker):
 
 @patch
 def _hand_over(self:Worker, now):
-    "Give back what was claimed ahead, if the jobs before it turn out to take long."
+    "Give back what was claimed ahead, if the jobs before it turn out to take long, or others overtake it for a second."
     for room in self._rooms.values():
-        if room.ready and (self._stopping or now-room.moved > .1):
+        if not room.ready: continue
+        if self._stopping or now-room.moved > .1 or self.queue.clock() > room.ready[-1].started_at+1:
             for job in room.ready: self._give_back(job)
             room.ready.clear()
             room.rate = 0
@@ -194,7 +195,7 @@ def _digest(self:Worker, turn):
 @patch
 def _take_in(self:Worker, jobs, now):
     for room,some in jobs:
-        room.ready.extend(some)
+        room.line_up(some)
         if some: room.moved = now
         self._fill(room)
 
