@@ -7,10 +7,11 @@ __all__ = ['Backoff', 'failure', 'settle', 'after_crash']
 
 # %% ../nbs/api/10_retry.ipynb #56274bd8
 import random, traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import count
+from math import ceil
 from pathlib import Path
 
 from .errors import BadOption, BgTasksError, Cancel, Retry, Unusable
@@ -111,9 +112,11 @@ def after_crash(
     now:float=0.0             # Seconds since 1970
 ) -> list[Done]: # What to write down
     "Tell what follows for attempts whose worker vanished: another attempt, now or soon, or the end."
-    done,place = [],defaultdict(count)
-    for worker,seq,attempt,crashes in sorted(lost, key=lambda o: o[1] if o[3]%2 else -o[1]):
-        over,wait = crashes >= max_crashes,.2*next(place[worker]) if crashes else 0
+    lost = sorted(lost, key=lambda o: o[1] if o[3]%2 else -o[1])
+    done,place,many = [],defaultdict(count),Counter((worker, crashes) for worker,_,_,crashes in lost)
+    for worker,seq,attempt,crashes in lost:
+        size = ceil(many[worker, crashes]/50) if crashes < max_crashes-1 else 1
+        over,wait = crashes >= max_crashes,1+.2*(next(place[worker, crashes])//size) if crashes else 0
         error = _why_lost(worker, attempt, crashes+1, worker in ended, over)
         done.append(Done(seq=seq, attempt=attempt, state=State.dead if over else State.queued, counts=False,
                          run_at=None if over else now+wait, error=error))
