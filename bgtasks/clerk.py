@@ -33,10 +33,17 @@ def _attempt(verb, *args):
     try: return verb(*args),None
     except Exception as e: return None,e
 
+def _one_by_one(store, batch, error):
+    "Record the calls of each item alone; the first to wait in vain does so for all after it."
+    jobs = None
+    for _,_,calls in batch:
+        if not getattr(error, 'waited', False): jobs,error = _attempt(store.add, calls)
+        yield jobs,error
+
 def _record(store, batch):
     "Record the calls of all items of `batch`; give pairs of an answer and an error."
     jobs,error = _attempt(store.add, [c for _,_,calls in batch for c in calls])
-    if error and len(batch) > 1: return [_attempt(store.add, calls) for _,_,calls in batch]
+    if error and len(batch) > 1: return [*_one_by_one(store, batch, error)]
     if error: return [(None, error)]
     each = iter(jobs)
     return [([next(each) for _ in calls], None) for _,_,calls in batch]

@@ -52,6 +52,7 @@ Add it to the app: `app.add_middleware(BackgroundMiddleware)` in Starlette, Fast
 class StoreError(BgTasksError, RuntimeError):
     "The store of jobs can't do what it was asked."
     passes:bool = False # Is it trouble that may be over soon, such as a full disk, and not with what was asked?
+    waited:bool = False # Has it waited for its turn in vain, as whoever asks now would?
 
 # %% ../nbs/api/01_errors.ipynb #ef237159
 class BadArguments(BgTasksError, TypeError):

@@ -39,7 +39,7 @@ def _trouble(path, e) -> StoreError:
     "Say in our words what SQLite said."
     hint = next((h for k,h in _hints.items() if isinstance(e, k)), 'SQLite refused')
     res = StoreError(f'{path}: {hint} ({type(e).__name__}: {e})')
-    res.passes = isinstance(e, _passing)
+    res.passes,res.waited = isinstance(e, _passing),isinstance(e, apsw.BusyError)
     return res
 
 # %% ../nbs/api/15_file.ipynb #f573620b
