@@ -32,6 +32,12 @@ def _watched(store):
     finally:
         if fd is not None: os.close(fd)
 
+def _readable(fd, seconds):
+    "Wait until `fd` can be read, at most some seconds."
+    if not hasattr(select, 'poll'): return select.select([fd], [], [], seconds)[0]
+    (look := select.poll()).register(fd, select.POLLIN)
+    return look.poll(seconds*1000)
+
 def _drain(fd):
     with suppress(BlockingIOError):
         while len(os.read(fd, 65536)) == 65536: pass
@@ -61,7 +67,7 @@ def wait(
             if left <= 0: raise _late(job, timeout)
             rest = min(2*rest, every)
             if fd is None: time.sleep(min(left, .02))
-            elif select.select([fd], [], [], left)[0]:
+            elif _readable(fd, left):
                 time.sleep(.005)
                 _drain(fd)
                 rest = .001
