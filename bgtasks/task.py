@@ -239,7 +239,8 @@ class EnqueueTask(StarletteTask):
     ):
         self._task,self._call = task,task.call(args, kwargs)
         self.func,self.args,self.kwargs,self.is_async = task,args,dict(kwargs),task.is_async
-        self.id,self.job = self._call.id,None
+        self.id = self._call.id # Of the job, unless an unfinished one has its key
+        self.job = None         # As recorded, or that other one
 
     def __repr__(self): return f'{type(self).__name__}({self._task.name})'
 
