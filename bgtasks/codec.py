@@ -10,6 +10,8 @@ import inspect, re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime, time
+from enum import Enum
+from functools import partial
 from math import isfinite
 from pathlib import PurePath
 from types import SimpleNamespace
@@ -79,17 +81,31 @@ def _same(a, b) -> bool:
     try: return bool(a == b)
     except Exception: return False
 
-def _changed(v, back, path='') -> str|None:
+def _fields(v) -> list:
+    "As `_parts`, and those of classes that write themselves."
+    names = [a.name for a in getattr(type(v), '__attrs_attrs__', ())]
+    if hasattr(type(v), 'model_dump'): names = [*type(v).model_fields, *(v.model_extra or ())]
+    return [(f'.{k}', getattr(v, k, None)) for k in names] or _parts(v)
+
+def _altered(v, back) -> bool:
+    "Is `back`, of the same type and not equal, another value, as far as `==` can tell?"
+    if isinstance(v, (list, tuple, Mapping, msgspec.Struct)): return False # of its parts, all are the same
+    if isinstance(v, (datetime, time)): return str(v) != str(back) # in an hour that comes twice none is equal
+    return isinstance(v, Enum) or type(v).__eq__ is not object.__eq__ and _same(v, v)
+
+def _changed(v, back, exact, path='') -> str|None:
     "Name the first part of `v` that has come `back` as something that the annotation doesn't ask for."
     if _same(v, back): return
     if _shifted(v, back):
         return f'would come back as another time{_at(path)}: {v.utcoffset()} from UTC is no full minute'
     both = lambda *t: isinstance(v, t) and isinstance(back, t)
     if type(v) is type(back) or both(list, tuple) or both(Mapping):
-        ours,theirs = _parts(v), _parts(back)
+        ours,theirs = map(_fields if exact else _parts, (v, back))
         if isinstance(v, (set, frozenset)): return f'would get other members{_at(path)}: annotate what they are'
         if [p for p,_ in ours] != [p for p,_ in theirs]: return f'would get other keys{_at(path)}: JSON has text'
-        return next(filter(None, (_changed(x, y, path+p) for (p,x),(_,y) in zip(ours, theirs))), None)
+        if exact and not ours and _altered(v, back):
+            return f'would come back as another value{_at(path)}: {_short(back)}'
+        return next(filter(None, (_changed(x, y, exact, path+p) for (p,x),(_,y) in zip(ours, theirs))), None)
     if isinstance(v, _simple) and not isinstance(back, (bytes, bytearray, memoryview)): # the annotation makes more of v
         if not isinstance(back, (set, frozenset)) or all(isinstance(x, _simple) or x in back for x in v): return
     return f'is of type {type(v).__name__}{_at(path)} and would come back as {type(back).__name__}: annotate it as ' \
@@ -114,12 +130,12 @@ def _too_deep(raw, most=_deepest) -> bool:
 # %% ../nbs/api/12_codec.ipynb #aba56122
 _nested = f'has more than {_deepest} lists or dicts within each other: make it flatter, or a text'
 
-def _why_not(v, t) -> str|None:
-    "Say why `v`, annotated `t`, would not come back as it is."
-    try: return _fault(v, t)
+def _why_not(v, t, exact=True) -> str|None:
+    "Say why `v`, annotated `t`, would not come back as it is; unless `exact`, its class may make another value of it."
+    try: return _fault(v, t, exact)
     except RecursionError: return f'{_nested}. Or does it contain itself?'
 
-def _fault(v, t):
+def _fault(v, t, exact):
     try: raw = _write(v)
     except RecursionError: raise
     except Exception:
@@ -132,7 +148,7 @@ def _fault(v, t):
         return f"can't be recorded: JSON has no {part!r}{_at(path)}"
     try: back = _reader(t)(raw)
     except Exception as e: return f'is {_short(v)} ({type(v).__name__}), which is not {_type_name(t)}: {e}'
-    return _changed(v, back)
+    return _changed(v, back, exact)
 
 def _short(v):
     text = repr(v)
@@ -164,7 +180,8 @@ def _signature(func):
 
 def _namespace(func) -> dict:
     "The globals of the function that `func` stands for."
-    while hasattr(func, '__wrapped__') or hasattr(func, 'func'): func = getattr(func, '__wrapped__', None) or func.func
+    while isinstance(func, partial) or hasattr(func, '__wrapped__'):
+        func = func.func if isinstance(func, partial) else func.__wrapped__
     if not hasattr(func, '__globals__'): func = getattr(func, '__func__', None) or getattr(type(func), '__call__', None)
     return getattr(func, '__globals__', {})
 
@@ -274,7 +291,7 @@ class Codec:
         except Exception: pass # why is found out below
         if raw and len(raw) > self.max_payload:
             raise Unusable(f'{self.name} ran, but its result takes {self._too_long(raw)} Write it to a file or table.')
-        if _why_not(value, self.result_type) and (why := _why_not(value, Any)):
+        if _why_not(value, self.result_type, exact=False) and (why := _why_not(value, Any)):
             raise Unusable(f'{self.name} ran, but its result {why}')
         return raw
 
