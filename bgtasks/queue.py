@@ -56,8 +56,8 @@ def _one_meaning(tasks, new):
     "Refuse a second function under the name of a task."
     old = tasks.get(new.name)
     if old is None or old.func is new.func: return
-    same = (old.func.__module__, old.__qualname__) == (new.func.__module__, new.__qualname__)
-    if same and _typed_in(new.func): return
+    ours,theirs = ([getattr(t.func, k, None) for k in ('__module__', '__qualname__')] for t in (old, new))
+    if ours==theirs and ours[1] and _typed_in(new.func): return # a partial has no name, nor has a callable object
     raise BadTask(f'two functions under the name {new.name!r}: {old.func!r} and {new.func!r}. Give one of them '
                   "another: @queue.task(name='…')")
 
