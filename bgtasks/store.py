@@ -26,9 +26,9 @@ class Store(Protocol):
     def claim(self, worker:str, tasks:Collection[str], queues:Collection[str]|None=None, *,
               limit:int=1, lease:float=30.0) -> list[Job]:
         """Take up to `limit` due jobs of these `tasks` (and `queues`, if given) for `lease` seconds: highest
-        priority first, then in order of recording. A paused queue gives none. Each has its `attempt` raised by
-        one, state `running`, this `worker`. A record that can't be read becomes `dead` with the reason and is not
-        given out."""
+        priority first, then in order of recording. A paused queue gives none. While very many come of age at once
+        it may give none and is to be asked again; `next_due` is 0 then. Each has its `attempt` raised by one, state
+        `running`, this `worker`. A record that can't be read becomes `dead` with the reason and is not given out."""
     def stand_by(self, worker:str, wants:Sequence[tuple[Collection[str], int]]=(),
                  queues:Collection[str]|None=None, *, lease:float=30.0, give:Callable|None=None) -> None:
         """Claim for `worker`, of the jobs that the next `add` of this process brings for it, each of `wants` (tasks,
@@ -54,7 +54,8 @@ class Store(Protocol):
     def progress(self, reports:Sequence[tuple[int, int, Progress]]) -> None:
         "Keep the progress of (seq, attempt) where that attempt still runs, and log it as an event."
     def log(self, lines:Sequence[tuple[int, int, str, str]]) -> None:
-        "Keep log lines (seq, attempt, level, text) as events of kind `'log'`."
+        """Keep log lines (seq, attempt, level, text) as events of kind `'log'`, whether that attempt still runs or not;
+        those of a job that is gone are dropped."""
     def sweep(self, max_crashes:int=3) -> list[Job]:
         """Take back what vanished workers held: leases that ran out, and workers of this machine that are dead.
         Those jobs are queued again and their attempt counts as a crash, not as a try; with more than

@@ -149,16 +149,20 @@ FROM json_each(?1) l) WHERE s IS NOT NULL ORDER BY p DESC, s LIMIT ?2'''
 _due = """SELECT (SELECT json_group_array(json_array(iif(typeof(priority)='integer', -priority, 0), seq)) FROM
 (SELECT priority, seq FROM jobs WHERE st=1 AND lane=l.value ORDER BY priority DESC, seq LIMIT ?2)) FROM {} l"""
 _of_few,_of_many = _due.format('json_each(?1)'),_due.format(f'({_best})')
+_most = 10_000 # jobs that come of age in one transaction
+_of_age = f'''UPDATE jobs SET st=1
+WHERE seq IN (SELECT seq FROM jobs WHERE st=0 AND run_at<=? AND lane {json_in} LIMIT {_most})'''
 
 def due(
     cx:Any,                 # A connection in a transaction
     lanes:Sequence[int],    # Lanes to look at
     limit:int,              # How many jobs are wanted
     now:float               # Seconds since 1970
-) -> list[int]: # The seq of each, in the order in which they are to run
+) -> list[int]: # The seq of each, in the order in which they are to run; none while more come of age
     "Make due what was to run later and has come of age; tell which jobs are due."
     numbers = json_list(lanes)
-    cx.execute(f'UPDATE jobs SET st=1 WHERE st=0 AND run_at<=? AND lane {json_in}', (now, numbers))
+    cx.execute(_of_age, (now, numbers))
+    if cx.changes()==_most: return [] # there may be more, and one of those may come first
     rows = cx.execute(_of_few if len(lanes) < 20 else _of_many, (numbers, limit)).fetchall()
     found = [json.decode(r) for r, in rows]
     return [seq for _,seq in (found[0] if len(found)==1 else sorted(chain(*found))[:limit])]
@@ -295,9 +299,9 @@ def await_parents(
 
 # %% ../nbs/api/14_tables.ipynb #91e7dd23
 _would_wait = """SELECT c.seq, (SELECT count(*) FROM deps WHERE child=c.seq) FROM deps d JOIN jobs c ON c.seq=d.child
-WHERE d.parent=? AND c.st=6 AND NOT EXISTS(SELECT 1 FROM jobs k WHERE k.key=c.key AND k.st<4) AND NOT EXISTS(
-  SELECT 1 FROM deps o LEFT JOIN jobs p ON p.seq=o.parent WHERE o.child=c.seq AND ifnull(p.st,6)>=5)
-ORDER BY c.seq LIMIT 1"""
+WHERE d.parent=? AND d.child>? AND c.st=6 AND NOT EXISTS(SELECT 1 FROM jobs k WHERE k.key=c.key AND k.st<4)
+AND NOT EXISTS(SELECT 1 FROM deps o LEFT JOIN jobs p ON p.seq=o.parent WHERE o.child=c.seq AND ifnull(p.st,6)>=5)
+ORDER BY d.child LIMIT 1"""
 
 def queue_again(
     cx:Any,     # A connection in a transaction
@@ -305,16 +309,18 @@ def queue_again(
     now:float   # Seconds since 1970
 ):
     "Make a job due, whatever it was to run after, and let those wait for it that were cancelled because of it."
-    def put(seq, st, waits):
+    def put(seq, waits, st=BLOCKED):
         sql = ('UPDATE jobs SET st=?, waits=?, run_at=iif(?,run_at,?), lost=attempt, crashes=0, finished_at=NULL, '
                'until=NULL, error=NULL WHERE seq=? RETURNING attempt')
-        attempt = cx.execute(sql, (st, waits, waits, now, seq)).fetchall()[0][0]
-        note(cx, [(seq, 'queued', attempt, None)], now)
+        line.append((seq, 'queued', cx.execute(sql, (st, waits, waits, now, seq)).fetchall()[0][0], None))
         return seq
     cx.execute('DELETE FROM deps WHERE child=?', (seq,))
-    line = [put(seq, DUE, 0)]
-    for s in line: # it grows
-        while rows := cx.execute(_would_wait, (s,)).fetchall(): line.append(put(rows[0][0], BLOCKED, rows[0][1]))
+    line = []
+    put(seq, 0, DUE)
+    for parent,*_ in line: # it grows
+        last = 0
+        while rows := cx.execute(_would_wait, (parent, last)).fetchall(): last = put(*rows[0])
+    note(cx, line, now)
 
 # %% ../nbs/api/14_tables.ipynb #d34a6712
 _succeeded = f"""UPDATE jobs SET st={SUCCEEDED}, finished_at=?1, until={_kept}, value=CAST(d.value AS BLOB), error=NULL

@@ -220,6 +220,18 @@ def test_a_worker_whose_loop_has_ended_holds_no_job(tmp_path, cancelled):
         asyncio.run(Worker(q).run(until_empty=True))
         assert q.result(job, 30)==1
 
+def test_a_worker_goes_on_while_more_jobs_come_of_age_than_one_claim_looks_through(tmp_path):
+    now = [time.time()]
+    with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process', clock=lambda: now[0])) as q:
+        ran = []
+        @q.task(name='t')
+        async def t(x): ran.append(x)
+        t.using(run_at=now[0]+60).enqueue_many([(x,) for x in range(20_000)])
+        t.using(run_at=now[0]+90, priority=1).enqueue('first')
+        now[0] += 100
+        asyncio.run(Worker(q, concurrency=1).run(until_empty=True))
+        assert ran==['first', *range(20_000)]
+
 def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
     async def main():
         with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
