@@ -251,7 +251,7 @@ def _(t):
     yield (t.states(a, b), t.get(a).tries, t.get(a).crashes), (['queued', 'running'], 0, 0)
     yield (_ids(t.claim('w3')), t.finish(a)), ([a.id], [False])
 
-@_promise('progress, log: are kept where the attempt still runs, and become events')
+@_promise('progress: is kept where the attempt still runs, log: where the job is still there; both become events')
 def _(t):
     a = t.running()
     t.store.progress([(a.seq, 1, Progress(1, 2, 'half')), (a.seq, 9, Progress(2, 2))])
@@ -262,6 +262,8 @@ def _(t):
     t.finish(a)
     t.store.progress([(a.seq, 1, Progress(2, 2))])
     yield t.get(a).progress.done, 1
+    t.store.log([(a.seq, 1, 'INFO', 'late'), (10**9, 1, 'INFO', 'of no job')])
+    yield (t.kinds(a)[-2:], t.store.last_event()), (['succeeded', 'log'], t.store.events(job=a.id)[-1].id)
 
 # %% ../nbs/api/38_check.ipynb #b4fef3d2
 @_promise('find, counts, waiting: tell what is there')

@@ -17,7 +17,7 @@ from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
 from .lanes import Lanes
-from .log import json_in, json_list, last_number, log_of_sql, log_sql, note, text
+from .log import json_in, json_list, keep_lines, last_number, log_of_sql, log_sql
 from .orders import Orders
 from .retry import after_crash
 from .schema import up_to_date
@@ -220,15 +220,16 @@ def _finish_in_time(self:SQLiteStore, cx, done):
 
 # %% ../nbs/api/21_sqlite.ipynb #bde2aab7
 @patch
-def _exchange(self:SQLiteStore, cx, done, worker, wants, queues, lease):
-    return self._finish(cx, done),[self._claim(cx, worker, tasks, queues, n, lease) for tasks,n in wants]
+def _exchange(self:SQLiteStore, cx, finish, done, worker, wants, queues, lease):
+    return finish(cx, done),[self._claim(cx, worker, tasks, queues, n, lease) for tasks,n in wants]
 
 @patch
 def exchange(self:SQLiteStore, done:Sequence[Done], worker:str, wants:Sequence[tuple[Collection[str], int]],
              queues:Collection[str]|None=None, *, lease:float=30.0) -> tuple[list[bool], list[list[Job]]]:
     "Write down what came of attempts, and take due jobs, in one commit."
-    try: return self._write(self._exchange, done, worker, wants, queues, lease, lazy=not done)
-    except _Late: return self.finish(done),self._write(self._exchange, [], worker, wants, queues, lease)[1]
+    args = done,worker,wants,queues,lease
+    try: return self._write(self._exchange, self._finish, *args, lazy=not done)
+    except _Late: return self._write(self._exchange, self._finish_in_time, *args)
 
 # %% ../nbs/api/21_sqlite.ipynb #77a93f85
 @patch
@@ -343,8 +344,7 @@ def progress(self:SQLiteStore, reports:Sequence[tuple[int, int, Progress]]):
 @patch
 def log(self:SQLiteStore, lines:Sequence[tuple[int, int, str, str]]):
     "Keep log lines with their jobs."
-    facts = [(s, 'log', a, text({'level':level, 'text':line})) for s,a,level,line in lines]
-    if facts: self._write(note, facts, self.clock())
+    if lines: self._write(keep_lines, lines, self.clock())
 
 def _told(data):
     try: return None if data is None else json.decode(data)

@@ -128,7 +128,8 @@ class ModelStore:
             self._of(s).set(progress=p)
             self._note(self._of(s), 'progress', json.decode(json.encode(p)))
     def log(self, lines):
-        for s,a,level,text in lines: self._note(self._of(s), 'log', dict(level=level, text=text), a)
+        for s,a,level,text in lines:
+            if row := self._of(s): self._note(row, 'log', dict(level=level, text=text), a)
 
     def sweep(self, max_crashes=3):
         gone,place = [r for r in self.rows.values() if r.state is State.running and r.until <= self.mono()],{}

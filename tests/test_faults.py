@@ -97,7 +97,8 @@ def test_a_lock_that_nobody_releases(path):
     a, = store.add(calls())
     other = apsw.Connection(str(path)); other.execute('BEGIN IMMEDIATE')
     for verb in (lambda: store.add(calls()), lambda: store.cancel(a.id)):
-        with pytest.raises(StoreError, match='locked'): verb()
+        with pytest.raises(StoreError, match='locked') as e: verb()
+        assert e.value.passes and e.value.waited
     assert store.get(a.id)==a and store.counts()[State.queued]==1 # reading goes on meanwhile
     other.execute('ROLLBACK')
     assert len(store.add(calls()))==1 and store.counts()[State.queued]==2
@@ -168,6 +169,21 @@ async def test_a_full_disk_and_room_again(anyio_backend, small_disk):
             assert [await queue.aresult(j, 60) for j in accepted]==[str(j.args[0])*300_000 for j in accepted]
             assert len(await queue.aresult(await grow.aenqueue(7), 60))==300_000
     assert sound(path)
+
+def test_a_claim_that_fails_beside_late_verdicts_leaves_none_written(path, monkeypatch):
+    "Else those that were in time would be tried again, and called late"
+    store = SQLiteStore(path)
+    store.add(calls(3))
+    late,job,_ = store.claim('w', ['t'], limit=2)+store.find(state=State.queued)
+    store.cancel(late.id)
+    done = [Done(seq=j.seq, attempt=1, state=State.succeeded, value=b'1') for j in (late, job)]
+    with monkeypatch.context() as m:
+        def fail(*args): raise apsw.IOError('a bad sector')
+        m.setattr('bgtasks.sqlite.claim_all', fail)
+        with pytest.raises(StoreError, match='bad sector'): store.exchange(done, 'w', [(['t'], 1)])
+    assert store.get(job.id).state is State.running
+    written,(more,) = store.exchange(done, 'w', [(['t'], 1)])
+    assert written==[False, True] and len(more)==1 and store.get(job.id).result==1
 
 def test_errors_of_reading_and_writing_are_told(path, monkeypatch):
     store = SQLiteStore(path)
