@@ -228,6 +228,7 @@ def _(t):
         t.claim(); t.wait(31)
         j, = t.store.sweep(max_crashes=2)
         yield (j.state, j.crashes, j.tries), ('dead' if n==3 else 'queued', n, 0)
+        t.wait(2)
     yield bool(t.get(a).error and t.get(a).finished_at), True
 
 @_promise('sweep: jobs that one worker has taken down twice are due one by one, the next time the other way round')

@@ -135,7 +135,8 @@ class ModelStore:
         gone,place = [r for r in self.rows.values() if r.state is State.running and r.until <= self.mono()],{}
         for r in sorted(gone, key=lambda r: r.seq if r.crashes%2 else -r.seq):
             error,wait = Failure('WorkerLost', f'worker {r.worker} vanished'),0
-            if r.crashes: wait,place[r.worker] = .2*place.get(r.worker, 0),place.get(r.worker, 0)+1
+            key = r.worker,r.crashes
+            if r.crashes: wait,place[key] = 1+.2*place.get(key, 0),place.get(key, 0)+1
             r.set(crashes=r.crashes+1, lost=r.lost+1)
             if r.crashes > max_crashes: self._end(r, State.dead, error=error)
             else: self._queue(r, run_at=self.clock()+wait, error=error)
