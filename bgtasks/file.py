@@ -79,9 +79,38 @@ def fetch(
     rows = cx.execute(f'WITH r({",".join(names)}) AS ({sql}) SELECT {blobs} FROM r', args).fetchall()
     return [tuple(map(_as_text, r)) for r in rows]
 
-# %% ../nbs/api/15_file.ipynb #72522526
-_files = WeakSet() # all that this process has open
+# %% ../nbs/api/15_file.ipynb #abc4f7da
+_files = WeakSet() # all that this process has open, or has inherited
+_opening = threading.RLock() # one file is opened at a time
+_held = []
 
+def _all_locks():
+    yield _opening # first: no file comes in while the others are taken
+    for f in sorted(_files, key=id): yield from (f._lock, f._rlock)
+
+def _hold():
+    "A child made in the midst of another thread's call would wait for ever for SQLite's own locks, which it inherits."
+    for lock in _all_locks(): lock.acquire(); _held.append(lock)
+
+def _go_on():
+    while _held: _held.pop().release()
+
+def _forked():
+    "A forked child keeps no worker of its parent's alive, and its end removes no WAL."
+    _go_on()
+    for f in tuple(_files):
+        f._let_go()
+        for cx in (f._rx, f._cx):
+            with suppress(apsw.Error): cx.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1) # it may be closed
+
+def _disown():
+    "Close what was inherited: beside it, SQLite would take this process for the holder of its parent's locks."
+    for f in tuple(_files):
+        if f._pid != os.getpid() and not f.memory: f._rx.close(True); f._cx.close(True)
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_forked)
+
+# %% ../nbs/api/15_file.ipynb #72522526
 class SharedFile:
     "An SQLite file, or one in memory, with one connection to write and one to read."
     def __init__(self,
@@ -96,25 +125,28 @@ class SharedFile:
         if not self.memory and (lib := apsw.sqlite_lib_version()) and tuple(map(int, lib.split('.'))) < (3, 51, 3):
             raise StoreError(f'SQLite {lib} can corrupt a file that several connections write to (its WAL-reset bug, '
                              'fixed in 3.51.3). Upgrade apsw: pip install -U apsw')
-        self._open()
-        _files.add(self)
+        self._lock = threading.RLock()
+        self._rlock = self._lock if self.memory else threading.RLock()
+        with _opening:
+            self._open()
+            _files.add(self)
 
     def __repr__(self): return f'SharedFile({Path(self.path).name!r})'
 
     def _open(self):
-        self._pid,self._locks,self._signals,self._bell,self._minds = os.getpid(),{},{},None,self.sync
+        _disown()
+        self._locks,self._signals,self._bell,self._minds = {},{},None,self.sync
         self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
         self.after = []   # a verb adds what is to be called when its transaction is over, with whether it was committed
-        self._lock,self._rlock = threading.RLock(),threading.RLock()
         try:
             if not self.memory: _make_private(self.path)
             self._cx = self._connect()
-            self.write(self.setup)
+            self._transact(self.setup)
             self._rx = self._cx if self.memory else self._connect()
         except apsw.Error as e: raise _trouble(self.path, e) from None
         except OSError as e: raise StoreError(f"{self.path}: can't be made ({e.strerror}); does its folder exist, and "
                                               'may this user write there?') from None
-        if self.memory: self._rlock = self._lock
+        self._pid = os.getpid() # last: now any thread may use it
 
     def _connect(self):
         cx = apsw.Connection(self.path)
@@ -125,12 +157,12 @@ class SharedFile:
         return cx
 
     def _check(self):
-        "In a forked child, leave the parent's connections alone and open others."
+        "In a forked child, open connections of its own."
         if self._pid == os.getpid(): return
         if self.memory: raise StoreError('An in-memory queue lives in the process that made it, and this is a forked '
                                          'child. Use a file: TaskQueue("tasks.db")')
-        _from_parents.append((self._cx, self._rx))
-        self._open()
+        with _opening:
+            if self._pid != os.getpid(): self._open() # else another thread has
 
     def write(self,
         verb:Callable,      # Called as `verb(connection, *args)`
@@ -139,6 +171,9 @@ class SharedFile:
     ) -> Any: # What `verb` gives
         "Run `verb` in a writing transaction: all of it is committed, or nothing is."
         self._check()
+        return self._transact(verb, *args, lazy=lazy)
+
+    def _transact(self, verb, *args, lazy=False):
         with self._lock:
             cx = self._free()
             try:
@@ -197,7 +232,8 @@ class SharedFile:
         "Close what is held beside the database."
         for fd in (*self._locks.values(), self._bell):
             if fd is not None: os.close(fd)
-        self._locks,self._bell = {},None
+        for end in self._signals: end.close()
+        self._locks,self._signals,self._bell = {},{},None
 
     def close(self):
         "Close all that this process has open; locks that it holds are dropped."
@@ -207,25 +243,6 @@ class SharedFile:
             self._rx.close()
             self._cx.close()
 
-# %% ../nbs/api/15_file.ipynb #76105a47
-_from_parents = [] # never closed: closing a connection in a forked child drops its parent's locks
-_held = []
-
-def _hold():
-    "A child made in the midst of another thread's call would wait for ever for SQLite's own locks, which it inherits."
-    _held[:] = [lock for f in sorted(_files, key=id) for lock in (f._lock, f._rlock)]
-    for lock in _held: lock.acquire()
-
-def _go_on():
-    for lock in _held: lock.release()
-
-def _forked():
-    "A forked child that held on to its parent's locks would keep the parent's workers alive."
-    _go_on()
-    for f in tuple(_files): f._let_go()
-
-if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_forked)
-
 # %% ../nbs/api/15_file.ipynb #c2626d3e
 @patch
 def wait_fd(self:SharedFile,
@@ -233,10 +250,12 @@ def wait_fd(self:SharedFile,
 ) -> int: # The caller reads it empty before waiting again, and closes it
     "Make a file descriptor that becomes readable with every commit."
     self._check()
-    if not self.memory and sys.platform=='linux':
-        if news: _make_private(self.path+'-bell')
-        return _watch(self.path + ('-bell' if news else '-wal'))
-    ours,theirs = socket.socketpair()
+    try:
+        if not self.memory and sys.platform=='linux':
+            if news: _make_private(self.path+'-bell')
+            return _watch(self.path + ('-bell' if news else '-wal'))
+        ours,theirs = socket.socketpair()
+    except OSError as e: raise StoreError(f"{self.path}: can't be watched for commits ({e.strerror})") from None
     ours.setblocking(False); theirs.setblocking(False)
     self._signals[ours] = news
     return theirs.detach()
@@ -274,6 +293,17 @@ def _ring(self:SharedFile):
 def _lock_path(self:SharedFile, name): return f'{self.path}-workers/{quote(name, safe="")}'
 
 @patch
+def _seize(self:SharedFile, name, make=0):
+    "Give the descriptor of the lock `name`, held; nothing if it isn't free."
+    while name not in self._locks:
+        fd = os.open(self._lock_path(name), os.O_RDWR|os.O_CLOEXEC|make, 0o600)
+        try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except OSError: os.close(fd); return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(self._lock_path(name))): return fd
+        os.close(fd) # whoever held it before has removed it meanwhile
+
+@patch
 def lock(self:SharedFile,
     name:str # Different from all others on this file
 ):
@@ -282,35 +312,42 @@ def lock(self:SharedFile,
     if self.memory or fcntl is None: return
     try:
         os.makedirs(f'{self.path}-workers', mode=0o700, exist_ok=True)
-        fd = os.open(self._lock_path(name), os.O_CREAT|os.O_RDWR|os.O_CLOEXEC, 0o600)
+        for n in range(20): # others hold it for a moment, to see whether it is free
+            if n: time.sleep(.005)
+            with self._lock: # a fork waits for this, so no child holds it too
+                if (fd := self._seize(name, os.O_CREAT)) is not None: self._locks[name] = fd; return
     except OSError as e: raise StoreError(f"{e.filename}: can't be made for worker {name!r} ({e.strerror})") from None
-    try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise StoreError(f'a worker named {name!r} is at work on {self.path} already; give each its own name') from None
-    self._locks[name] = fd
+    raise StoreError(f'a worker named {name!r} is at work on {self.path} already; give each its own name')
 
 @patch
 def unlock(self:SharedFile,
-    name:str # Of a lock that this process holds, or that a dead one held
+    name:str # Of a lock that this process holds
 ):
     "Drop a lock and remove its file."
-    fd = self._locks.pop(name, None)
+    if (fd := self._locks.pop(name, None)) is None: return
     with suppress(OSError): os.unlink(self._lock_path(name))
-    if fd is not None: os.close(fd)
+    os.close(fd)
 
+# %% ../nbs/api/15_file.ipynb #62d3145d
 @patch
 def is_dead(self:SharedFile,
     name:str # Of a lock
 ) -> bool: # `False` if nobody can tell: there is no such lock
     "Tell whether the process that held the lock `name` has ended without dropping it in order."
-    if self.memory or fcntl is None or name in self._locks: return False
-    try: fd = os.open(self._lock_path(name), os.O_RDWR|os.O_CLOEXEC)
-    except OSError: return False
-    try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except OSError: return False
-    finally: os.close(fd)
-    return True
+    if self.memory or fcntl is None: return False
+    with self._lock, suppress(OSError):
+        if (fd := self._seize(name)) is not None: os.close(fd); return True
+    return False
+
+@patch
+def clear(self:SharedFile,
+    name:str # Of a lock that a dead process held
+):
+    "Remove the file of a lock, unless somebody holds it again."
+    with self._lock, suppress(OSError):
+        if (fd := self._seize(name)) is None: return
+        try: os.unlink(self._lock_path(name))
+        finally: os.close(fd)
 
 # %% ../nbs/api/15_file.ipynb #73e1e45b
 def boot_id() -> str: # Empty where the system doesn't tell

@@ -44,7 +44,8 @@ class SQLiteStore:
 
     def _set_up(self, cx):
         up_to_date(cx, boot_id())
-        self.lanes,self.orders = Lanes(),Orders() # what this process knows; what its own workers want, not a parent's
+        self.lanes,self.seen = Lanes(),Lanes() # what this process knows, its writer and its reader
+        self.orders = Orders() # what its own workers want, not a parent's
 
     @property
     def path(self) -> str:
@@ -158,7 +159,7 @@ def waiting(self:SQLiteStore) -> dict[str, int]:
 def next_due(self:SQLiteStore, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
     "Seconds from now until `claim` may give something."
     with self.file.reader() as cx:
-        first = first_due(cx, Lanes().open(cx, tasks, queues)) # read anew: those of this store belong to the writer
+        first = first_due(cx, self.seen.open(cx, tasks, queues))
     return None if first is None else 0.0 if first==0 else first - self.clock()
 
 @patch
@@ -268,6 +269,7 @@ CAST(crashes AS INTEGER) FROM jobs WHERE st=2""" # numbers, though a row may be 
 
 @patch
 def _sweep(self:SQLiteStore, cx, dead, max_crashes):
+    dead = {w for w in dead if self.file.is_dead(w)} # another may have started under its name meanwhile
     rows = [r for r in fetch(cx, _running) if r[0] in dead or r[1] <= self.ticks()]
     done = after_crash([(w, *o) for w,_,_,*o in rows], dead, max_crashes, self.clock())
     sql = 'UPDATE jobs SET crashes=crashes+1, lost=lost+?, attempt=? WHERE seq=?'
@@ -282,7 +284,7 @@ def sweep(self:SQLiteStore, max_crashes:int=3) -> list[Job]:
     dead = {w for w in {r[0] for r in running} if self.file.is_dead(w)}
     if not dead and all(r[1] > self.ticks() for r in running): return []
     jobs = self._write(self._sweep, dead, max_crashes)
-    for worker in dead: self.file.unlock(worker)
+    for worker in dead: self.file.clear(worker)
     return jobs
 
 # %% ../nbs/api/21_sqlite.ipynb #24f8586f

@@ -248,7 +248,7 @@ def _handed(self:Worker, rooms, wants, jobs):
 @patch
 def _heard(self:Worker):
     "Some process has recorded, released or cancelled a job."
-    with suppress(BlockingIOError): os.read(self._fd, 1<<16)
+    with suppress(BlockingIOError): os.read(self._fd, 1<<16) or self._loop.remove_reader(self._fd) # it has been closed
     self._sign,self._seen,self._ask_at = True,True,min(self._ask_at, self._asked_at+self._gap)
     self._stir.set()
 

@@ -389,6 +389,91 @@ def test_a_fork_with_an_open_store(path):
     assert sound(path)
 
 @posix
+@pytest.mark.parametrize('parent', ['closes', 'is killed'])
+@pytest.mark.parametrize('how', ['inherited', 'opened anew', 'inherited twice', 'a fork of a fork', 'multiprocessing'])
+def test_what_a_forked_child_records_outlives_its_parent(path, how, parent):
+    "With each look another process opens the file and closes it; one that took itself for the last removed the WAL"
+    code = '''
+        import multiprocessing
+        path,how,parent = sys.argv[1:]
+        signal.alarm(60)
+        store = SQLiteStore(path); store.add(calls())
+        if how=='inherited twice': twin = SQLiteStore(path); twin.add(calls())
+        ready,say = os.pipe()
+        def work():
+            signal.alarm(60)
+            mine = SQLiteStore(path) if how=='opened anew' else store
+            mine.add(calls()); os.write(say, b'x')
+            os.read(0, 1) # the parent has gone, and there was a first look
+            jobs = mine.add(calls(300)); print('added', flush=True)
+            os.read(0, 1) # and a second one
+            print(len([j for j in jobs if mine.get(j.id)]), len(mine.add(calls())), flush=True)
+            mine.close()
+        def fork(f):
+            if (child := os.fork())==0: f(); os._exit(0)
+            return child
+        if how=='multiprocessing': multiprocessing.get_context('fork').Process(target=work).start()
+        else: fork((lambda: os.waitpid(fork(work), 0)) if how=='a fork of a fork' else work)
+        os.read(ready, 1)
+        if parent=='is killed': os.kill(os.getpid(), signal.SIGKILL)
+        store.close()
+        if how=='inherited twice': twin.close()
+        print('closed', flush=True)
+        '''
+    def look():
+        store = SQLiteStore(path)
+        try: return sum(store.counts().values())
+        finally: store.close()
+    p,first = python(code, path, how, parent, stdin=subprocess.PIPE),2 + (how=='inherited twice')
+    if parent=='is killed': p.wait(timeout=60)
+    else: assert p.stdout.readline()=='closed\n'
+    assert look()==first
+    p.stdin.write('x'); p.stdin.flush()
+    assert p.stdout.readline()=='added\n' and look()==first+300
+    out,err = p.communicate('x', timeout=60)
+    assert out.split()==['300', '1'], err
+    assert look()==first+301 and sound(path)
+
+@posix
+def test_a_forked_child_that_never_uses_the_store_removes_nobodys_wal(path):
+    code = '''
+        signal.alarm(60)
+        store = SQLiteStore(sys.argv[1]); store.add(calls())
+        if os.fork()==0: os.read(0, 1); sys.exit() # an end in order, with all finalizers
+        store.close(); print('closed', flush=True)
+        os.wait()
+        '''
+    p = python(code, path, stdin=subprocess.PIPE)
+    assert p.stdout.readline()=='closed\n'
+    ran('store = SQLiteStore(sys.argv[1]); store.add(calls(300)); os.kill(os.getpid(), signal.SIGKILL)', path,
+        code_=-signal.SIGKILL) # what it has committed is in the WAL alone
+    assert p.communicate('x', timeout=60)[1]==''
+    assert SQLiteStore(path).counts()[State.queued]==301 and sound(path)
+
+@posix
+def test_threads_of_a_forked_child_share_its_own_connection(path):
+    code = '''
+        import resource, threading
+        store = SQLiteStore(sys.argv[1], 'process'); store.add(calls())
+        theirs,used,start = store.file._cx,[],threading.Barrier(4)
+        def write(): start.wait(); store.file.write(used.append)
+        def work():
+            signal.alarm(20)
+            _,most = limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, most)) # no descriptor is free: the first opening fails
+            try: store.add(calls()); os._exit(3)
+            except StoreError: resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+            threads = [threading.Thread(target=write) for _ in range(4)]
+            for t in threads: t.start()
+            for t in threads: t.join()
+            os._exit(0 if len(used)==4 and used==[store.file._cx]*4 and theirs not in used else 4)
+        for _ in range(10):
+            if (child := os.fork())==0: work()
+            print(os.waitpid(child, 0)[1])
+        '''
+    assert ran(code, path)==['0']*10
+
+@posix
 def test_what_a_forked_child_records_is_not_handed_to_its_parents_worker(path):
     code = '''
         given = []
@@ -410,7 +495,9 @@ def test_forks_while_other_threads_write_and_read(path):
             while going: store.add(calls())
         def read():
             while going: store.counts()
-        threads = [threading.Thread(target=f) for f in (write, write, read)]
+        def reopen():
+            while going: SQLiteStore(sys.argv[1]+'2', 'process').close()
+        threads = [threading.Thread(target=f) for f in (write, write, read, reopen)]
         for t in threads: t.start()
         ended = 0
         for _ in range(20):
@@ -445,6 +532,34 @@ def test_a_fork_with_a_store_in_memory():
         print(os.waitpid(child, 0)[1], store.counts()['queued'])
         '''
     assert ran(code)==['0', '1']
+
+@posix
+def test_a_sweep_spares_a_worker_that_has_started_again_meanwhile(path):
+    old,new,other = (SQLiteStore(path, 'process') for _ in range(3))
+    old.join('one'); old.add(calls()); old.claim('one', ['t']); old.close() # as if killed
+    real = other._write
+    def late(*args, **kw): # it was found dead, but the file is waited for
+        other._write = real
+        assert len(new.sweep())==1
+        new.join('one'); new.claim('one', ['t'])
+        return real(*args, **kw)
+    other._write = late
+    assert other.sweep()==[] and claim(other)==[]
+    with pytest.raises(StoreError, match='its own name'): other.join('one')
+    new.close()
+    assert [j.attempt for j in other.sweep()]==[2] # its lock was still there to tell
+
+@pytest.mark.anyio
+async def test_a_worker_hears_once_that_its_queue_has_been_closed():
+    heard = []
+    class Counts(Worker):
+        def _heard(self): heard.append(1); super()._heard()
+    worker = Counts(TaskQueue(), grace=0)
+    await worker.start()
+    worker.queue.close()
+    await asyncio.sleep(.1)
+    await worker.stop()
+    assert len(heard) < 3
 
 STEPS = ['add', 'claim', 'renew', 'finish', 'exchange', 'leave']
 
