@@ -12,6 +12,8 @@ from contextlib import suppress
 from hashlib import sha1
 from typing import Any
 
+from .spare import Spare
+
 # %% ../nbs/api/18_link.ipynb #7c5167da
 def impatient(
     client:Any,    # Of redis-py
@@ -137,7 +139,7 @@ class Link:
         client:Any # Of redis-py; an `impatient` one
     ):
         from redis import exceptions
-        self.pool,self.bodies,self._errors,self._free,self._pid = client.connection_pool,{},exceptions,[],os.getpid()
+        self.pool,self.bodies,self.spare,self._errors = client.connection_pool,{},Spare(),exceptions
 
     def __repr__(self): return f'Link({self.where})'
 
@@ -174,7 +176,7 @@ class Link:
     def _trip(self, data, n, meanwhile=None):
         failed,e = None,self._errors
         while True:
-            conn = self._take()
+            conn = self.spare.take()
             idle = conn is not None
             try:
                 if idle and meanwhile is not None and _closed(conn): raise e.ConnectionError('closed by the server')
@@ -187,7 +189,7 @@ class Link:
                 if not idle or not isinstance(x, (e.ConnectionError, OSError)): raise _named(x, e) from None
                 self.close() # the others will be as old
                 continue
-            self._free.append(conn)
+            self.spare.put(conn)
             if failed is not None: raise failed
             return got
 
@@ -196,15 +198,9 @@ class Link:
         if _plain(conn): _timed_by_system(conn._sock)
         return conn
 
-    def _take(self):
-        "A connection that nobody uses; a forked child leaves its parent's alone."
-        if self._pid!=os.getpid(): self._free,self._pid = [],os.getpid()
-        try: return self._free.pop()
-        except IndexError: return None
-
     def close(self):
         "Close the connections that nobody uses."
-        while (conn := self._take()) is not None: conn.disconnect()
+        for conn in self.spare.all(): conn.disconnect()
 
 # %% ../nbs/api/18_link.ipynb #3e1079c5
 def together(
