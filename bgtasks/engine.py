@@ -188,7 +188,7 @@ class Engine(Backend):
 
     def send(self, parcels:Sequence[tuple[Message, float]]) -> None:
         """Give messages to the engine, each with the seconds that it is to wait. Raises `BackendUnavailable` within
-        seconds if that can't be done, with the ids of those that were sent as its `sent`."""
+        seconds if that can't be done, with the ids of those that were `sent`, and of those that may be: `doubtful`."""
         raise NotImplementedError
 
     def declare(self, task:Any) -> None:
@@ -207,8 +207,8 @@ class Engine(Backend):
             if len(commands) <= 2: self.line.ask(*commands) # it does not look at anybody else in between
             else: together(self.line, *commands)
 
-    def reached(self, sent:Sequence[str]=()) -> AbstractContextManager:
-        "Say of a broker that can't be reached that this is so, and what was `sent` before."
+    def reached(self, sent:Collection[str]=(), doubtful:Collection[str]=()) -> AbstractContextManager:
+        "Say of a broker that fails that this is so, what was `sent` before, and what may arrive."
         return nullcontext()
 
     def add(self, calls:Sequence[Call]) -> list[Job]:
@@ -238,8 +238,12 @@ class Engine(Backend):
     def _or_taken_back(self, new):
         try: yield
         except Exception as e:
-            with suppress(BackendUnavailable): self.records.forget(m for m in new if m.id not in getattr(e, 'sent', ()))
-            raise
+            sent,had = getattr(e, 'sent', ()),set()
+            with suppress(BackendUnavailable):
+                had = self.records.forget([m for m in new if m.id not in sent], getattr(e, 'doubtful', ()))
+            if not isinstance(e, BackendUnavailable): raise
+            e.sent = (*sent, *had)
+            if len(e.sent) < len(new): raise # else all were accepted
 
     def fit(self,
         queues:Collection[str] # Names of those of our queues that a worker of this process is to take from

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['BgTasksError', 'BadTask', 'BadOption', 'TaskTimeout', 'NotPicklable', 'ProcessDied', 'RemoteError', 'NoMiddleware',
            'StoreError', 'BadArguments', 'TooLarge', 'UnknownJob', 'WaitTimeout', 'JobFailed', 'JobCancelled', 'Retry',
-           'Cancel', 'Unusable', 'Unsupported', 'BackendUnavailable', 'NotDelivered', 'BadSignature', 'UnknownSecret']
+           'Cancel', 'Unusable', 'Unsupported', 'BackendUnavailable', 'unavailable', 'NotDelivered', 'BadSignature',
+           'UnknownSecret']
 
 # %% ../nbs/api/01_errors.ipynb #9626a829
+from collections.abc import Collection
 from typing import Any
 
 # %% ../nbs/api/01_errors.ipynb #e2c34b2c
@@ -108,7 +110,25 @@ class Unsupported(BadOption):
 
 class BackendUnavailable(BgTasksError, ConnectionError):
     "The backend can't be reached; what was asked for has not been done, and may be asked for again."
-    sent:tuple = () # Ids of the jobs of the same call that had been handed over before
+    sent:tuple = ()     # Ids of the jobs of the same call that had been handed over before
+    doubtful:tuple = () # Ids of those that were sent, and nobody knows whether they have arrived
+
+# %% ../nbs/api/01_errors.ipynb #0bbcfaee
+def unavailable(
+    broker:str,                 # As its users know it
+    error:Exception,            # What has gone wrong
+    sent:Collection[str]=(),    # Ids of jobs that it has
+    doubtful:Collection[str]=() # Ids of jobs that it may have
+) -> BackendUnavailable:
+    "Say of a `broker` that it has failed, what it had `sent` before, and what to do."
+    count = lambda ids: f'{len(ids)} job{"" if len(ids)==1 else "s"}'
+    what = f"can't be reached, {f'sent before: {count(sent)}' if sent else 'nothing was sent'}: {error}"
+    if doubtful:
+        what = (f'has confirmed {count(sent)} and not {count(doubtful)}: {error}. What is not confirmed may arrive or '
+                'not. Enqueue it again: with records, what arrives after all is dropped; without, it runs too')
+    res = BackendUnavailable(f'{broker} {what}')
+    res.sent,res.doubtful = tuple(sent),tuple(doubtful)
+    return res
 
 # %% ../nbs/api/01_errors.ipynb #8b47f467
 class NotDelivered(BgTasksError, ConnectionError):

@@ -7,7 +7,7 @@ __all__ = ['Records', 'worker_name', 'vanished']
 
 # %% ../nbs/api/26_records.ipynb #19df84e5
 import os, re, socket, time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,10 +106,12 @@ def add_commands(self:Records,
 
 @patch
 def forget(self:Records,
-    messages:Iterable[Message] # Recorded, but they could not be sent
-):
+    messages:Sequence[Message], # Recorded, but they could not be sent, or nobody has said that they have arrived
+    doubtful:Collection[str]=() # Ids of those that may still arrive
+) -> set[str]: # Ids of those that stay as they are: a worker has them, or somebody else relies on them
     "Take back what `add` has done."
-    for m in messages: self._do('forget', m.id)
+    had = self.ask(*(self._command('forget', m.id, int(m.id in doubtful)) for m in messages)) if messages else ()
+    return {m.id for m,n in zip(messages, had) if n}
 
 # %% ../nbs/api/26_records.ipynb #3065f7ba
 def _started(pid):
@@ -221,7 +223,7 @@ def get(self:Records,
 ) -> Job|None: # As it is now
     "Read a record."
     with _reached(self._where): h = self.client.hgetall(f'{self.prefix}job:{id}')
-    return _job(h) if h else None
+    return _job(h) if len(h) > 1 else None # one that was taken back has but its state
 
 @patch
 def cancel(self:Records,
@@ -238,7 +240,7 @@ def message(self:Records,
 ) -> Message|None: # `None` if there is no record
     "Make the message of the round that a job is in."
     with _reached(self._where): h = self.client.hgetall(f'{self.prefix}job:{id}')
-    return next_message(read_message(h[b'msg']), _job(h), int(h.get(b'round', 0))) if h else None
+    return next_message(read_message(h[b'msg']), _job(h), int(h.get(b'round', 0))) if len(h) > 1 else None
 
 @patch
 def retry(self:Records,

@@ -70,10 +70,11 @@ local key,wait,late,unseen = ARGV[4],tonumber(ARGV[8]),tonumber(ARGV[9]),ARGV[10
 local ttl = math.floor(math.min(wait, 1e9)+tonumber(unseen))
 if key~='' then
   local owner = taken(key)
-  if owner then return owner end
+  if owner then redis.call('HSET', P..'job:'..owner, 'shared', 1); return owner end
   redis.call('SET', P..'key:'..key, id, 'EX', ttl)
 end
-if redis.call('EXISTS', rec)==1 then return "" end
+local state = get('state')
+if state and state~='withdrawn' then return "" end
 fresh(emit('queued', 0, 'null'))
 if wait > 0 then set('sent', stamp(now+wait)) end
 look(ARGV[6], wait+late)
@@ -81,13 +82,14 @@ redis.call('EXPIRE', rec, ttl)
 return ""'''
 
 scripts['forget'] = '''
-local state,attempt,event,key = get('state', 'attempt', 'event', 'key')
-if state=='queued' and not attempt then
-  redis.call('XDEL', P..'events', event..'-0')
-  drop(key)
-  shut()
-  redis.call('DEL', rec)
-end'''
+local state,attempt,event,key,keep,shared = get('state', 'attempt', 'event', 'key', 'keep', 'shared')
+if state~='queued' or attempt or shared then return state and state~='withdrawn' and 1 or 0 end
+redis.call('XDEL', P..'events', event..'-0')
+drop(key)
+shut()
+redis.call('DEL', rec)
+if ARGV[3]=='1' then set('state', 'withdrawn'); redis.call('EXPIRE', rec, keep) end
+return 0'''
 
 # %% ../nbs/api/19_scripts.ipynb #3e75d423
 scripts['begin'] = '''

@@ -14,9 +14,10 @@ need('celery', 'celery')
 # %% ../../nbs/api/54_celery.ipynb #af8566c9
 import logging, os, re, threading
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from socket import gaierror
 from time import time
 from typing import Any
 from uuid import uuid4
@@ -31,7 +32,7 @@ from kombu.exceptions import KombuError
 from msgspec import json
 
 from ..engine import Engine, other_queue, work
-from ..errors import BackendUnavailable, BadOption, Unusable
+from ..errors import BackendUnavailable, BadOption, Unusable, unavailable
 from ..job import Failure
 from ..link import Link, impatient
 from ..message import Message, read_message, write_message
@@ -243,34 +244,37 @@ def _order(self, m):
     if not self.supports_priority: return {}
     return dict(priority=9-m.priority if self.kind=='redis' else m.priority)
 
-def _post(self, producer, m, wait, queue=None):
+def _post(self, producer, m, wait, queue=None, failed=None):
     self.app.send_task(m.task, (write_message(m),), task_id=m.id, queue=queue or self.queues[m.queue],
                        countdown=wait or None, argsrepr='', kwargsrepr='', ignore_result=True, producer=producer,
-                       retry_policy=_quick, confirm_timeout=_patience, **_order(self, m))
+                       retry_policy=_quick|dict(errback=failed), confirm_timeout=_patience, **_order(self, m))
+
+def _refused(e): return any(isinstance(o, (ConnectionRefusedError, gaierror)) for o in (e, e.__cause__, e.__context__))
 
 @patch
 @contextmanager
-def reached(self:CeleryBackend, sent:Sequence[str]=()) -> None:
-    "Say of a broker that can't be reached that this is so, and what was `sent` before."
+def reached(self:CeleryBackend, sent:Collection[str]=(), doubtful:Collection[str]=()) -> None:
+    "Say of a broker that fails that this is so, what was `sent` before, and what may arrive."
     from redis.exceptions import RedisError
     try: yield
     except PreconditionFailed as e: raise other_queue('Celery', e) from None
     except (KombuError, RedisError, OSError) as e:
         if isinstance(e, BackendUnavailable): raise
-        what = f'{len(sent)} jobs were sent before' if sent else 'nothing was sent'
-        error = BackendUnavailable(f"Celery's broker ({self.kind}) can't be reached, {what}: {e}")
-        error.sent = tuple(sent)
-        raise error from None
+        raise unavailable(f"Celery's broker ({self.kind})", e, sent, doubtful) from None
 
 @patch
 def send(self:CeleryBackend, parcels:Sequence[tuple[Message, float]]) -> None:
     "Publish messages, or raise `BackendUnavailable` within seconds."
     if self.line is not None: return self.go(self.commands(parcels))
-    sent = []
-    with self.reached(sent), self.app.producer_or_acquire() as producer:
+    sent,doubtful = [],[]
+    def failed(e, *_):
+        if not _refused(e): doubtful[:] = [m.id]
+    with self.reached(sent, doubtful), self.app.producer_or_acquire() as producer:
         for m,wait in parcels:
-            _post(self, producer, m, wait)
+            try: _post(self, producer, m, wait, failed=failed)
+            except Exception as e: failed(e); raise
             sent.append(m.id)
+            doubtful.clear()
 
 # %% ../../nbs/api/54_celery.ipynb #393ce9ad
 def _plain_redis(app) -> str|None:

@@ -13,7 +13,7 @@ need('dramatiq', 'dramatiq')
 
 # %% ../../nbs/api/54_dramatiq.ipynb #2eafc977
 import copy, json, logging, re, threading, time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import contextmanager
 from math import ceil, inf
 from secrets import token_hex
@@ -28,19 +28,21 @@ from fastcore.basics import patch
 from msgspec.json import encode
 
 from ..engine import Engine, other_queue, work
-from ..errors import BackendUnavailable, BadOption, Unsupported
+from ..errors import BackendUnavailable, BadOption, Unsupported, unavailable
 from ..job import Done, Failure, State
 from ..link import Link, impatient
 from ..message import Message, read_message, write_message
-from ..publisher import Publisher
+from ..publisher import Publisher, Unconfirmed
 from ..records import Records
 from ..schedule import seconds
 
 # %% ../../nbs/api/54_dramatiq.ipynb #27eb1697
 class _Caught:
-    "Stands where Dramatiq has the script that sends, and keeps the command for a trip that it shares with others."
-    def __init__(self, sha): self.sha,self.here = sha,threading.local()
-    def __call__(self, args=(), keys=()): self.here.commands.append(('EVALSHA', self.sha, len(keys), *keys, *args))
+    "Stands where Dramatiq has what sends, its script in Redis or a channel to RabbitMQ, and keeps what is to be sent."
+    def __init__(self, sha=None): self.sha,self.here = sha,threading.local()
+    def __call__(self, args=(), keys=()): self.here.written.append(('EVALSHA', self.sha, len(keys), *keys, *args))
+    def basic_publish(self, exchange, routing_key, body, properties, **kw):
+        self.here.written.append((routing_key, properties, body))
 
 def _redis_sender(broker, link):
     "A copy of `broker` that catches what it would send."
@@ -49,19 +51,20 @@ def _redis_sender(broker, link):
     res.scripts,res.maintenance_chance = broker.scripts | dict(dispatch=caught),0 # looking after others is for workers
     return res,caught
 
-def _rabbit_sender(broker, wait):
-    "The broker itself: it has a connection for each thread anyway, and is told now how long to wait and for what."
+def _rabbit_sender(broker):
+    "A copy of `broker` that catches what it would send, and leaves its queues to that."
+    res,caught = copy.copy(broker),_Caught()
+    res.__class__ = type('Sender', (type(broker),), dict(channel=caught, declare_queue=lambda *_, **kw: None))
+    return res,caught
+
+def _hasten(broker, wait):
+    "Tell a broker on RabbitMQ how long to wait and for what."
     broker.confirm_delivery = True
     del broker.channel # one without confirmation, if there is one
     for p in broker.parameters if isinstance(broker.parameters, list) else [broker.parameters]:
         p.socket_timeout,p.stack_timeout = min(p.socket_timeout or wait, wait),min(p.stack_timeout or wait, wait)
         if p.blocked_connection_timeout is None: p.blocked_connection_timeout = wait
         if p.heartbeat is None: p.heartbeat = 10
-    return broker
-
-def _publisher(broker):
-    "What sends copied messages, unless somebody has put an `enqueue` of their own before Dramatiq's."
-    return Publisher(broker.parameters) if broker.enqueue.__module__.startswith('dramatiq.') else None
 
 # %% ../../nbs/api/54_dramatiq.ipynb #81a35c20
 def _is(o, *kinds):
@@ -147,7 +150,7 @@ class DramatiqBackend(Engine):
         *,
         queues:Iterable[str]=(),      # Names of further queues, which no task is declared with
         ack_timeout:str|float='30m',  # RabbitMQ's `consumer_timeout`
-        wait:float=3.0                # Seconds to wait for the broker before it counts as down
+        wait:float=3.0                # Seconds to wait for the broker before it counts as down; thrice that to confirm
     ):
         self.broker = broker or broker_module.get_broker()
         if not isinstance(self.broker, Broker):
@@ -156,7 +159,7 @@ class DramatiqBackend(Engine):
         self.ack_timeout,self.wait = seconds(ack_timeout, 'ack_timeout'),wait
         super().__init__(_records(self.broker, records, wait))
         self.on_redis,self.line,self._ack = _is(self.broker, 'RedisBroker'),None,None
-        self._patterns,self._publisher = {},None
+        self._patterns = {}
         self._prepare()
         self.supports_priority,self.supports_all_or_none = bool(getattr(self.broker, 'max_priority', 0)),self.on_redis
         self.instead = dict(self.instead, **_instead)
@@ -168,10 +171,12 @@ class DramatiqBackend(Engine):
 
     def _prepare(self):
         "Make the broker safe, and the way to it."
-        self.sender = self.broker
+        self.sender,self._publisher = self.broker,None
         if _is(self.broker, 'RabbitmqBroker'):
-            _rabbit_sender(self.broker, self.wait)
-            self._publisher = _publisher(self.broker)
+            _hasten(self.broker, self.wait)
+            if not self.broker.enqueue.__module__.startswith('dramatiq.'): return
+            self.sender,self._caught = _rabbit_sender(self.broker)
+            self._publisher = Publisher(self.broker.parameters, 3*self.wait)
         if not self.on_redis: return
         self.broker.maintenance_chance = max(self.broker.maintenance_chance, 100_000) # in a million
         self.line = Link(impatient(self.broker.client, self.wait))
@@ -243,86 +248,78 @@ def _envelope(m) -> DramatiqMessage:
     options = dict(bgtasks=1) | (dict(broker_priority=m.priority) if m.priority else {})
     return DramatiqMessage(m.queue, m.task, (write_message(m),), {}, options, message_id=m.id)
 
+def _listens(middleware):
+    return any(getattr(type(middleware), f) is not getattr(Middleware, f) for f in ('before_enqueue', 'after_enqueue'))
+
+def _copied(data, m, **more): return encode(data | dict(more, args=(write_message(m),), message_id=m.id))
+
+@patch
+def _post(self:DramatiqBackend, m, wait): self.sender.enqueue(_envelope(m), delay=ceil(wait*1000) if wait > 0 else None)
+
+@patch
+def _catch(self:DramatiqBackend, m, wait) -> tuple:
+    self._caught.here.written = res = []
+    self._post(m, wait)
+    return res[0]
+
+@patch
+def _written(self:DramatiqBackend, m, wait) -> tuple:
+    "What sends a message: the command for Redis; for RabbitMQ the queue, the properties and the text."
+    at = m.task,m.queue,m.priority,len(self.broker.middleware)
+    if wait > 0 or (pattern := self._patterns.get(at)) is None:
+        res = self._catch(m, wait)
+        if wait <= 0 and not any(map(_listens, self.broker.middleware)): self._patterns[at] = res,json.loads(res[-1])
+        return res
+    (*head,_),data = pattern
+    more = dict(message_timestamp=int(time.time()*1000))
+    if self.on_redis: # after EVALSHA, the script, one key and the name of what it is to do
+        head[5],head[-1] = more['message_timestamp'],token_hex(16)
+        more['options'] = data['options'] | dict(redis_message_id=head[-1])
+    return *head, _copied(data, m, **more)
+
+@patch
+def commands(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> list[tuple]:
+    "What sends messages."
+    return [self._written(m, wait) for m,wait in parcels]
+
+# %% ../../nbs/api/54_dramatiq.ipynb #dadf53de
 @patch
 @contextmanager
-def reached(self:DramatiqBackend, sent:Sequence[str]=()) -> None:
-    "Say of a broker that can't be reached that this is so, and what was `sent` before."
+def reached(self:DramatiqBackend, sent:Collection[str]=(), doubtful:Collection[str]=()) -> None:
+    "Say of a broker that fails that this is so, what was `sent` before, and what may arrive."
     try: yield
     except BackendUnavailable: raise # somebody else has said it
     except Exception as e:
         if 'PRECONDITION_FAILED' in str(e): raise other_queue('Dramatiq', e) from None
         theirs = type(e).__module__.partition('.')[0] in ('redis', 'pika')
         if not (theirs or isinstance(e, (BrokerError, OSError))): raise
-        name = type(self.broker).__name__
-        down = BackendUnavailable(f'{name} can\'t be reached: {e}. Is the server running?')
-        down.sent = tuple(sent)
-        raise down from e
-
-@patch
-def _post(self:DramatiqBackend, m, wait): self.sender.enqueue(_envelope(m), delay=ceil(wait*1000) if wait > 0 else None)
+        raise unavailable(type(self.broker).__name__, e, sent, doubtful) from e
 
 @patch
 def send(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> None:
     "Give messages to the broker."
     if self.on_redis: return self.go(self.commands(parcels))
-    sent = []
-    with self.reached(sent):
+    sent,doubtful = [],[]
+    with self.reached(sent, doubtful):
+        if self._publisher is not None: return self._publish(parcels, sent, doubtful)
         for m,wait in parcels:
-            self._post(m, wait) if wait > 0 or self._publisher is None else self._publish(m)
+            self._post(m, wait)
             sent.append(m.id)
 
-# %% ../../nbs/api/54_dramatiq.ipynb #dadf53de
-def _listens(middleware):
-    return any(getattr(type(middleware), f) is not getattr(Middleware, f) for f in ('before_enqueue', 'after_enqueue'))
-
-def _copied(data, m, **more): return encode(data | dict(more, args=(write_message(m),), message_id=m.id))
-
-def _pattern(m):
-    from pika import BasicProperties
-    return json.loads(_envelope(m).encode()),BasicProperties(delivery_mode=2, priority=m.priority or None)
-
 @patch
-def _publish(self:DramatiqBackend, m):
-    "Send a message that is due to RabbitMQ."
-    at = m.task,m.queue,m.priority,len(self.broker.middleware)
-    if (pattern := self._patterns.get(at)) is None:
-        self._post(m, 0)
-        if not any(map(_listens, self.broker.middleware)): self._patterns[at] = _pattern(m)
-        return
-    data,properties = pattern
-    body = _copied(data, m, message_timestamp=int(time.time()*1000))
-    self.broker.declare_queue(m.queue, ensure=True) # if it is not known to be there
-    try: self._publisher.publish(m.queue, body, properties)
-    except OSError: self._post(m, 0)
+def _publish(self:DramatiqBackend, parcels, sent, doubtful):
+    "Send messages to RabbitMQ; if that fails, fill in which were `sent` and which are `doubtful`."
+    queues,left = {m.queue for m,_ in parcels},{m.id: o for (m,_),o in zip(parcels, self.commands(parcels))}
+    for again in True, False:
+        for q in queues: self.broker.declare_queue(q, ensure=True) # if it is not known to be there
+        try: return self._publisher.publish(left)
+        except Unconfirmed as e:
+            sent[:],doubtful[:] = [m.id for m,_ in parcels if m.id not in left],left
+            if not again or isinstance(e.__cause__, TimeoutError): raise
+        self.broker.queues_pending.update(queues)
 
 @patch
 def close(self:DramatiqBackend) -> None:
     "Close the connections to the records, and those that send."
     super(DramatiqBackend, self).close()
     if self._publisher is not None: self._publisher.close()
-
-# %% ../../nbs/api/54_dramatiq.ipynb #32048c61
-@patch
-def _catch(self:DramatiqBackend, m, wait) -> tuple:
-    self._caught.here.commands = res = []
-    self._post(m, wait)
-    return res[0]
-
-@patch
-def _written(self:DramatiqBackend, m, wait) -> tuple:
-    "The command for Redis that sends a message."
-    at = m.task,m.queue,len(self.broker.middleware)
-    if wait > 0 or (pattern := self._patterns.get(at)) is None:
-        res = self._catch(m, wait)
-        if wait <= 0 and not any(map(_listens, self.broker.middleware)): self._patterns[at] = res,json.loads(res[-1])
-        return res
-    (*head,_,_),data = pattern
-    now,id = int(time.time()*1000),token_hex(16)
-    head[5] = now # after EVALSHA, the script, one key and the name of what it is to do
-    options = data['options'] | dict(redis_message_id=id)
-    return *head,id,_copied(data, m, message_timestamp=now, options=options)
-
-@patch
-def commands(self:DramatiqBackend, parcels:Sequence[tuple[Message, float]]) -> list[tuple]:
-    "What sends messages, for Redis."
-    return [self._written(m, wait) for m,wait in parcels]

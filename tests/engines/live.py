@@ -6,6 +6,8 @@ from urllib.parse import urlsplit
 
 import redis
 
+from bgtasks.errors import BackendUnavailable
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 REDIS = '127.0.0.1', 6379
@@ -120,9 +122,9 @@ def rabbit_behind(proxy):
     where = urlsplit(RABBIT)
     return where._replace(netloc=f'{where.username}:{where.password}@127.0.0.1:{proxy.port}').geturl()
 
-def rabbit_proxy():
+def rabbit_proxy(kind=None):
     where = urlsplit(RABBIT)
-    return Proxy(where.port, where.hostname)
+    return (kind or Proxy)(where.port, where.hostname)
 
 def forget_queues(names):
     "Delete these queues in RabbitMQ"
@@ -168,11 +170,29 @@ class Proxy:
 
     def _pump(self, a, b):
         with suppress(OSError):
-            while data := a.recv(65536):
+            for data in self._heard(a):
                 self.passing.wait()
                 b.sendall(data)
         for s in (a, b):
             with suppress(OSError): s.shutdown(socket.SHUT_RDWR)
+
+    def _heard(self, a):
+        while data := a.recv(65536): yield data
+
+class MuteProxy(Proxy):
+    "Stands before RabbitMQ, and lets everything pass but its confirmations while it is `mute`"
+    mute = False
+
+    def _heard(self, a):
+        if a.getpeername()[1]!=self.to[1]:
+            yield from super()._heard(a)
+            return
+        data = b''
+        for more in super()._heard(a):
+            data += more
+            while len(data) > 7 and len(data) >= (n := 8+int.from_bytes(data[3:7], 'big')):
+                frame,data = data[:n],data[n:]
+                if not (self.mute and frame[0]==1 and frame[7:11]==b'\0\x3c\0\x50'): yield frame # basic.ack
 
 # Workers
 
@@ -214,7 +234,42 @@ class Process:
 def script(name): return str(Path(sys.executable).parent/name)
 def unique(): return f'bgtest-{secrets.token_hex(4)}-'
 
-# An app on green threads
+# RabbitMQ takes messages and does not say so
+
+def not_confirmed(queue, proxy, path, worker, early):
+    "Hand in jobs while `proxy` is mute, again what was not accepted, and see that each has run once"
+    say,again,took = queue.tasks['checks.say'],[],[]
+    if early: worker()
+    accepted = [say.enqueue(path, 'before').id]
+    def hand_in(texts, **options):
+        start,calls = time.monotonic(),[(path, t) for t in texts]
+        try: accepted.extend(j.id for j in say.using(**options).enqueue_many(calls))
+        except BackendUnavailable as e:
+            assert 'may arrive or not' in str(e) and e.doubtful
+            accepted.extend(e.sent)
+            again.append(([t for t in texts if t not in {queue.get(id).args[1] for id in e.sent}], options))
+        took.append(time.monotonic()-start)
+    proxy.mute = True
+    given = (['plain'], {}), (['later'], dict(delay=1)), (['keyed'], dict(key=path)), ([f'{i}' for i in range(5)], {})
+    for texts,options in given: hand_in(texts, **options)
+    assert max(took) < 60 # for ever is what it must not be
+    assert early or [o[0] for o in again]==[o[0] for o in given]
+    proxy.mute,missed = False,again[:]
+    again.clear()
+    for texts,options in missed: hand_in(texts, **options)
+    assert not again
+    if not early: worker()
+    accepted.append(say.using(delay=3).enqueue(path, 'after').id) # whatever was on its way has arrived by then
+    for id in accepted: queue.result(id, 60)
+    assert sorted(Path(path).read_text().splitlines())==sorted(['before', 'after', *(t for o in given for t in o[0])])
+
+# Green threads
+
+def green_workers(refused, other, instead, ready):
+    "Of two workers on green threads, the one that would run our jobs ends and says what to do, and the other works"
+    until(lambda: refused.popen.poll() is not None, 60)
+    assert refused.popen.returncode and f'Start it with `{instead}`' in refused.said()
+    other.ready(ready)
 
 GREEN = """
 from gevent import monkey; monkey.patch_all()

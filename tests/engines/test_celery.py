@@ -5,8 +5,10 @@ import pytest
 import redis
 from kombu import Queue
 from kombu.exceptions import ChannelError
-from live import GREEN, forget_queues, rabbit_behind, rabbit_line, rabbit_proxy, script, unique, until
+from live import (GREEN, RABBIT, MuteProxy, forget_queues, green_workers, not_confirmed, rabbit_behind, rabbit_line,
+                  rabbit_proxy, script, unique, until)
 
+from bgtasks.backends import celery
 from bgtasks.conform import check_backend
 from bgtasks.errors import BackendUnavailable, BadOption
 from bgtasks.message import message_of
@@ -89,10 +91,7 @@ def test_green_threads_are_refused_where_they_would_run_our_jobs(site, redis_url
     s = site(redis_url, redis_url)
     def green(*args): return s.workers(script('celery'), '-A', 'celery_checks', 'worker', '--pool', 'gevent',
                                        '-n', unique()+'@%h', '-l', 'INFO', *args, env=s.env)
-    other,refused = green('-Q', 'of-the-app-itself'),green()
-    until(lambda: refused.popen.poll() is not None, 60)
-    assert refused.popen.returncode and 'Start it with `--pool threads -c 50`' in refused.said()
-    other.ready('ready.')
+    green_workers(green(), green('-Q', 'of-the-app-itself'), '--pool threads -c 50', 'ready.')
 
 def test_an_app_on_green_threads_hands_in_jobs_and_gets_results(anywhere):
     pytest.importorskip('gevent')
@@ -248,9 +247,9 @@ def test_a_broker_that_restarts_while_jobs_run(site, own_redis, tmp_path):
     assert (s.lines(tmp_path/'b'), s.lines(tmp_path/'a')[-1])==(['x'], 'through')
 
 @pytest.fixture
-def behind_proxy(site, rabbit_url, redis_url):
+def behind_proxy(request, site, rabbit_url, redis_url):
     "The checks on a RabbitMQ behind a proxy, and that"
-    proxy = rabbit_proxy()
+    proxy = rabbit_proxy(getattr(request, 'param', None))
     s = site(rabbit_behind(proxy), redis_url)
     yield s,proxy
     for p in s.workers.started: p.end()
@@ -270,6 +269,14 @@ def test_a_rabbitmq_that_is_down_or_hangs_is_told_and_leaves_no_record(behind_pr
     thread.start()
     thread.join(60) # for ever is what it must not be
     assert (len(told), s.queue.store.events(was))==(1, [])
+
+@pytest.mark.parametrize('behind_proxy', [MuteProxy], indirect=True)
+@pytest.mark.parametrize('early', [True, False])
+def test_a_rabbitmq_that_confirms_nothing_is_told_and_each_job_runs_once(behind_proxy, tmp_path, monkeypatch, early):
+    s,proxy = behind_proxy
+    monkeypatch.setattr(celery, '_patience', 1) # three times that for each try
+    s.env['CHECK_BROKER'] = RABBIT
+    not_confirmed(s.queue, proxy, str(tmp_path/'said'), s.worker, early)
 
 def test_a_rabbitmq_that_is_away_while_jobs_run_loses_none(behind_proxy, tmp_path):
     s,proxy = behind_proxy

@@ -9,6 +9,7 @@ import pytest
 from live import until
 
 from bgtasks import TaskQueue
+from bgtasks.backends.dramatiq import _envelope
 from bgtasks.conform import check_backend
 from bgtasks.errors import BackendUnavailable, BadOption
 from bgtasks.message import message_of
@@ -56,10 +57,7 @@ def test_green_threads_are_refused_where_they_would_run_our_jobs(stage):
     def green(name):
         args = live.script('dramatiq-gevent'), 'dramatiq_app', '-p', '1', '-t', '2', '-Q', name
         return stage.start(*args, env=stage.environ())
-    refused,other = green(stage.name),green('of-the-app-itself')
-    until(lambda: refused.popen.poll() is not None, 60)
-    assert refused.popen.returncode and 'Start it with `dramatiq -t 50`' in refused.said()
-    other.ready('is ready for action')
+    live.green_workers(green(stage.name), green('of-the-app-itself'), 'dramatiq -t 50', 'is ready for action')
 
 def test_an_app_on_green_threads_hands_in_jobs_and_gets_results(stage):
     pytest.importorskip('gevent')
@@ -95,31 +93,35 @@ def test_a_queue_that_another_engine_has_is_told(redis_url, rabbit_url, workers,
     line.close()
     stage.close()
 
-def test_a_copied_message_is_what_dramatiq_writes_and_arrives(redis_url, rabbit_url, workers, tmp_path, monkeypatch):
+def test_a_copied_message_is_what_dramatiq_writes_and_arrives(redis_url, rabbit_url, workers, tmp_path):
     proxy = live.rabbit_proxy()
     stage = Stage(live.rabbit_behind(proxy), redis_url, workers, tmp_path)
     line = live.rabbit_line()
-    channel,written,broker = line.channel(),[],stage.broker
-    theirs = broker.enqueue
-    monkeypatch.setattr(broker, 'enqueue', lambda m, delay=None: (written.append(m.message_id), theirs(m, delay=delay)))
-    def sent(mark='a', **options):
-        job = stage.queue.tasks['once'].using(**options).enqueue(mark)
+    channel,once = line.channel(),stage.queue.tasks['once']
+    def arrived(id, mark):
         _,properties,body = channel.basic_get(stage.name, auto_ack=True)
         m = json.loads(body)
         text = json.loads(m.pop('args')[0])
-        assert (m.pop('message_id'), text['id'], text['payload'])==(job.id, job.id, [[mark], {}])
+        assert (m.pop('message_id'), text['id'], text['payload'])==(id, id, [[mark], {}])
         assert abs(m.pop('message_timestamp')/1000-time.time()) < 60
-        return job.id,m,properties.priority,properties.delivery_mode
+        return m,properties.priority,properties.delivery_mode
+    def sent(mark='a', **options): return arrived(once.using(**options).enqueue(mark).id, mark)
+    def theirs(priority):
+        m = message_of(once.using(priority=priority).call(('a',)), time.time())
+        stage.broker.enqueue(_envelope(m)) # by Dramatiq alone
+        return arrived(m.id, 'a')
     for priority in 0, 5:
-        (id,*first),(_,*second) = sent(priority=priority),sent(priority=priority)
-        assert (first, first[1:], written.pop(), written)==(second, [priority or None, 2], id, [])
+        first = sent(priority=priority)
+        assert first[1:]==(priority or None, 2) and first==sent(priority=priority)==theirs(priority)
+    jobs = once.enqueue_many([(f'm{i}',) for i in range(250)])
+    for i,job in enumerate(jobs): arrived(job.id, f'm{i}')
     channel.queue_delete(stage.name)
-    assert [sent()[0]]==written # there is no such queue any more: Dramatiq makes it again
+    sent() # there is no such queue any more: it is made again
     sent('x'*300_000)
     proxy.down() # as when the server is restarted
     proxy.up()
     sent()
-    assert (len(written), channel.queue_declare(stage.name, passive=True).method.message_count)==(1, 0)
+    assert channel.queue_declare(stage.name, passive=True).method.message_count==0
     line.close()
     stage.queue.close()
     proxy.down()
@@ -132,8 +134,9 @@ def test_a_publisher_that_rabbitmq_has_closed_for_its_silence_goes_on(rabbit_url
     channel = line.channel()
     channel.queue_declare(name, exclusive=True)
     def send(text):
-        publisher.publish(name, text, pika.BasicProperties())
-        return publisher._free[0],channel.basic_get(name, auto_ack=True)[2]
+        publisher.publish({0: (name, pika.BasicProperties(), text)})
+        publisher.spare.put(used := publisher.spare.take())
+        return used,channel.basic_get(name, auto_ack=True)[2]
     first,got = send(b'a')
     with suppress(ConnectionResetError):
         while first.sock.recv(1000): pass # heartbeats, to which nobody answers
@@ -146,13 +149,13 @@ def test_the_confirmation_of_an_earlier_message_confirms_no_later_one(rabbit_url
     publisher = Publisher(pika.URLParameters(rabbit_url.removesuffix('//')+'/%2F'))
     name,properties,theirs = live.unique()+'q',pika.BasicProperties(),live.rabbit_line()
     theirs.channel().queue_declare(name, exclusive=True)
-    publisher.publish(name, b'a', properties)
-    line = publisher._free[0]
+    publisher.publish({0: (name, properties, b'a')})
+    line = publisher.spare.take()
     line._heard = lambda kind: None # gone before the answer has come
-    with suppress(AttributeError): line.publish(name, b'b', properties)
+    with suppress(AttributeError): line.publish({0: (name, properties, b'b')})
     del line._heard
     with pytest.raises(ConnectionError, match='confirmed message 2 where 3 was due|NO_ROUTE'):
-        line.publish(name+'-gone', b'c', properties)
+        line.publish({0: (name+'-gone', properties, b'c')})
     line.sock.close()
     theirs.close()
 
@@ -238,7 +241,7 @@ def test_a_broker_that_is_restarted_while_jobs_run_loses_none(shaky, server):
 def test_a_rabbitmq_that_hangs_is_told_in_the_end(own_redis, rabbit_url, workers, tmp_path):
     proxy = live.rabbit_proxy()
     stage = Stage(live.rabbit_behind(proxy), own_redis.url, workers, tmp_path)
-    stage.broker.parameters.heartbeat = 4 # so that the test need not wait for the usual ten
+    stage.queue.store._publisher.patience = 2 # so that the test need not wait for the usual nine
     once = stage.queue.tasks['once']
     once.enqueue('a')
     proxy.hang()
@@ -249,6 +252,17 @@ def test_a_rabbitmq_that_hangs_is_told_in_the_end(own_redis, rabbit_url, workers
         proxy.down()
         stage.url = live.RABBIT
         stage.close()
+
+@pytest.mark.parametrize('early', [True, False])
+def test_a_rabbitmq_that_confirms_nothing_is_told_and_each_job_runs_once(redis_url, rabbit_url, workers, tmp_path,
+                                                                         early):
+    proxy = live.rabbit_proxy(live.MuteProxy)
+    stage = Stage(live.rabbit_behind(proxy), redis_url, workers, tmp_path)
+    stage.broker.parameters.heartbeat = 2 # which it goes on sending
+    stage.queue.store._publisher.patience,stage.url = 3,live.RABBIT
+    live.not_confirmed(stage.queue, proxy, str(tmp_path/'said'), stage.worker, early)
+    stage.close()
+    proxy.down()
 
 # From a file to Dramatiq
 
