@@ -115,8 +115,9 @@ def after_crash(
     lost = sorted(lost, key=lambda o: o[1] if o[3]%2 else -o[1])
     done,place,many = [],defaultdict(count),Counter((worker, crashes) for worker,_,_,crashes in lost)
     for worker,seq,attempt,crashes in lost:
-        size = ceil(many[worker, crashes]/50) if crashes < max_crashes-1 else 1
-        over,wait = crashes >= max_crashes,1+.2*(next(place[worker, crashes])//size) if crashes else 0
+        n,over,wait = many[worker, crashes],crashes >= max_crashes,0
+        size = ceil(n/50) if crashes < max_crashes-1 else 1
+        if crashes and n > 1: wait = 1+.2*(next(place[worker, crashes])//size)
         error = _why_lost(worker, attempt, crashes+1, worker in ended, over)
         done.append(Done(seq=seq, attempt=attempt, state=State.dead if over else State.queued, counts=False,
                          run_at=None if over else now+wait, error=error))

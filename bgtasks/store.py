@@ -59,9 +59,9 @@ class Store(Protocol):
     def sweep(self, max_crashes:int=3) -> list[Job]:
         """Take back what vanished workers held: leases that ran out, and workers of this machine that are dead.
         Those jobs are queued again and their attempt counts as a crash, not as a try; with more than
-        `max_crashes` crashes a job is dead instead. They are due at once, but jobs that one worker has taken down
-        for a second time or more are due one after the other (of many, some together at first), each time in the
-        opposite order, so that the one that does it and the others part. Gives the jobs, as they are now."""
+        `max_crashes` crashes a job is dead instead. They are due at once, but several that one worker has taken
+        down for a second time or more are due soon, one after the other (of many, some together at first), each time
+        in the opposite order, so that the one that does it and the others part. Gives the jobs, as they are now."""
     def next_due(self, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
         """Seconds from now until `claim` with these may give something: 0 or less if it would now, `None` if nothing
         waits. What is blocked, by a paused queue or by a job that it is to run after, doesn't wait for a time and

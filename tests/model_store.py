@@ -133,10 +133,11 @@ class ModelStore:
 
     def sweep(self, max_crashes=3):
         gone,place = [r for r in self.rows.values() if r.state is State.running and r.until <= self.mono()],{}
+        with_it = [(r.worker, r.crashes) for r in gone]
         for r in sorted(gone, key=lambda r: r.seq if r.crashes%2 else -r.seq):
             error,wait = Failure('WorkerLost', f'worker {r.worker} vanished'),0
             key = r.worker,r.crashes
-            if r.crashes: wait,place[key] = 1+.2*place.get(key, 0),place.get(key, 0)+1
+            if r.crashes and with_it.count(key) > 1: wait,place[key] = 1+.2*place.get(key, 0),place.get(key, 0)+1
             r.set(crashes=r.crashes+1, lost=r.lost+1)
             if r.crashes > max_crashes: self._end(r, State.dead, error=error)
             else: self._queue(r, run_at=self.clock()+wait, error=error)
