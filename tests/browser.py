@@ -23,6 +23,11 @@ def browser(tmp_path):
     yield res
     res.quit()
 
+def text_of(browser, css):
+    "What can be read there: in one step, since a card that is renewed is another element"
+    script = "return [...document.querySelectorAll(arguments[0])].map(o => o.innerText).join(' ')"
+    return browser.execute_script(script, css)
+
 def htmx_files():
     "The real HTMX, as a Python package ships it byte for byte: `htmx-2.min.js`, `htmx-4.min.js`"
     spec = find_spec('django_htmx')
