@@ -78,7 +78,6 @@ def _serve(place, options):
     "What a worker process does."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
-    sys.setswitchinterval(.001)
     _say_more()
     asyncio.run(Worker(find_queue(place), **options).run())
     logging.shutdown()

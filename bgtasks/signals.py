@@ -9,24 +9,30 @@ __all__ = ['on_signals']
 import asyncio, signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from threading import current_thread, main_thread
 
 # %% ../nbs/api/24_signals.ipynb #89d02c14
+_usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_calls,_before = [],{} # whom to tell; the program's own handlers
+
+def _told(number, frame):
+    for s in _before: signal.signal(s, _usual[s])
+    for loop,first in _calls:
+        with suppress(RuntimeError): loop.call_soon_threadsafe(first) # RuntimeError: the loop has ended
+
 @contextmanager
 def on_signals(
     loop:asyncio.AbstractEventLoop, # Of the main thread; with another one, nothing happens
     first:Callable[[], object]      # What to call
 ) -> Iterator[None]: # For a `with` block
     "Call `first` on SIGTERM or SIGINT; a second one has its usual effect."
-    signals = []
-    def forget():
-        while signals: loop.remove_signal_handler(signals.pop())
-    def told():
-        forget()
-        first()
-    for s in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(s) is signal.SIG_IGN: continue
-        with suppress(NotImplementedError, ValueError, RuntimeError): # not in the main thread, or not on this system
-            loop.add_signal_handler(s, told)
-            signals.append(s)
+    if current_thread() is not main_thread(): yield; return
+    _calls.append(call := (loop, first))
+    for s in _usual:
+        if (handler := signal.getsignal(s)) in (signal.SIG_IGN, None, _told): continue # None: one that can't be put back
+        _before.setdefault(s, handler)
+        signal.signal(s, _told)
     try: yield
-    finally: forget()
+    finally:
+        _calls.remove(call)
+        while _before and not _calls: signal.signal(*_before.popitem())

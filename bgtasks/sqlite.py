@@ -369,7 +369,7 @@ def prune(self:SQLiteStore, limit:int=1000) -> int:
     "Forget jobs whose `keep` time is over."
     sql = ' UNION ALL '.join(f'SELECT seq FROM jobs WHERE st>=4 AND st={st} AND until<=?1' for st in ends.values())
     if not self.file.read(sql + ' LIMIT 1', (self.clock(),)): return 0
-    return self._write(forget, sql + ' LIMIT ?2', (self.clock(), limit))
+    return self._write(forget, sql + ' LIMIT ?2', (self.clock(), limit), lazy=True)
 
 @patch
 def purge(self:SQLiteStore, older_than:float, limit:int=1000) -> int:

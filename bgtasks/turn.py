@@ -96,7 +96,7 @@ class Turn:
         self.worker,self.lease,self.done,self.failed = worker,lease,done or [],failed
         self.renew,self.watch,self.progress,self.lines,self.wants,self.queues = [],[],[],[],[],None
         self.look,self.sure = True,True     # does it ask for all rooms, or for some? without looking first?
-        self.max_crashes,self.prune = None,False                        # `None`: no sweep in this turn
+        self.max_crashes,self.prune = None,0 # `None`: no sweep in this turn; how many to forget at most
         self.written,self.late,self.left,self.error = 0,[],self.done,None # what came of the verdicts
         self.lost,self.jobs,self.swept,self.mended,self.due,self.pruned = [],[],[],[],None,0
 
@@ -146,7 +146,7 @@ class Turn:
 
     def _keep_house(self, store):
         if self.max_crashes is not None: self.swept,self.mended = store.sweep(self.max_crashes),mend(store)
-        if self.prune: self.pruned = store.prune(500)
+        if self.prune: self.pruned = store.prune(self.prune)
 
 # %% ../nbs/api/36_turn.ipynb #99980e17
 def unwritable(

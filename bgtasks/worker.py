@@ -69,17 +69,17 @@ def _reset(self:Worker):
     self._tasks,self._running,self._done = None,{},[] # tasks in rooms; attempts by (seq, attempt); verdicts to write
     self._reports = Reports(from_threads(self._loop, self._reported))
     self._stir,self._told,self._empty = asyncio.Event(),asyncio.Event(),asyncio.Event()
-    self._stopping,self._closed,self._trouble,self._turn = False,False,0,None
+    self._ending,self._closed,self._trouble,self._turn = None,False,0,None
     self._sign = self._seen = self._reporting = False # has somebody brought work, cancelled some, reported?
     self._ask_at = self._asked_at = self._turned_at = self._watched_at = self._report_at = self._not_before = 0.0
     now = monotonic()
-    self._chores_at,self._prune_at,self._renew_at,self._gap = now+1,now+5,now+self.lease/3,0.0
+    self._chores_at,self._prune_at,self._renew_at,self._gap = now+1,now+1,now+self.lease/3,0.0
 
 # %% ../nbs/api/40_worker.ipynb #cbf96f3e
 @patch
 def _fill(self:Worker, room):
     "Start what waits in `room`, as far as it has free places."
-    while room.ready and room.running < room.limit and not self._stopping:
+    while room.ready and room.running < room.limit and not self._ending:
         job = room.ready.popleft()
         task,over = self.queue.tasks.get(job.task),monotonic() >= self._renew_at+self.lease*2/3
         if task is None or over: self._give_back(job)
@@ -136,9 +136,9 @@ def _gather(self:Worker, now) -> Turn:
     if self._seen and now >= self._watched_at+.25:
         turn.watch = [k for k,a in self._running.items() if now-a.since > .2 and not a.stopped]
         self._seen,self._watched_at = False,now
-    if now >= self._chores_at:
-        turn.max_crashes,turn.prune,self._chores_at = self.max_crashes,now >= self._prune_at,now+1
-    if not self._stopping: self._ask(turn, now >= self._ask_at)
+    if now >= self._chores_at: turn.max_crashes,self._chores_at,self._prune_at = self.max_crashes,now+1,now
+    if now >= self._prune_at: turn.prune = 500 + 2*len(turn.done)
+    if not self._ending: self._ask(turn, now >= self._ask_at)
     return turn
 
 @patch
@@ -170,7 +170,7 @@ def _hand_over(self:Worker, now):
     "Give back what was claimed ahead, if the jobs before it turn out to take long, or others overtake it for a second."
     for room in self._rooms.values():
         if not room.ready: continue
-        if self._stopping or now-room.moved > .1 or self.queue.clock() > room.ready[-1].started_at+1:
+        if self._ending or now-room.moved > .1 or self.queue.clock() > room.ready[-1].started_at+1:
             for job in room.ready: self._give_back(job)
             room.ready.clear()
             room.rate = 0
@@ -186,7 +186,7 @@ def _digest(self:Worker, turn):
     self._take_in(turn.jobs, now)
     for room in self._rooms.values(): room.measure(max(now-self._turned_at, 1e-4))
     self._turned_at = now
-    if turn.prune: self._prune_at = now + (.5 if turn.pruned else 10)
+    if turn.prune: self._prune_at = now + (.02 if turn.pruned==turn.prune else 10)
     if turn.error: self._bear(turn, now)
     else: self._trouble = 0
     if turn.swept: self._ask_at = 0
@@ -229,7 +229,7 @@ def _added(self:Worker):
 @patch
 def _stand_by(self:Worker):
     "While there is nothing to do, have the next job claimed by the very commit that records it."
-    busy = self._running or self._done or self._stopping or any(r.ready for r in self._rooms.values())
+    busy = self._running or self._done or self._ending or any(r.ready for r in self._rooms.values())
     rooms = [] if busy else [r for r in self._rooms.values() if r.wants()]
     wants = [(r.names, r.wants()) for r in rooms]
     def give(jobs):
@@ -241,7 +241,7 @@ def _stand_by(self:Worker):
 def _handed(self:Worker, rooms, wants, jobs):
     self._sort_tasks()
     for room,(names,_),some in zip(rooms, wants, jobs):
-        if room.names is names and not self._stopping: self._take_in([(room, some)], monotonic())
+        if room.names is names and not self._ending: self._take_in([(room, some)], monotonic())
         else: [self._give_back(job) for job in some] # tasks have been declared anew, and may run elsewhere now
         if room.ready: self._stir.set() # they wait for a place, but not for long
 
@@ -259,13 +259,13 @@ def _reported(self:Worker):
 @patch
 def _rest_time(self:Worker, now) -> float:
     "Seconds until there is something to do."
-    at = [self._chores_at, self._renew_at]
+    at = [self._chores_at, self._prune_at, self._renew_at]
     if self._done: at.append(0)
     if self._reporting: at.append(self._report_at)
     if self._seen and self._running: at.append(self._watched_at+.25)
     for room in self._rooms.values():
-        if room.ready: at.append(0 if self._stopping else room.moved+.1)
-        if self._stopping or room.running >= room.limit or not room.wants(): continue
+        if room.ready: at.append(0 if self._ending else room.moved+.1)
+        if self._ending or room.running >= room.limit or not room.wants(): continue
         at.append(0 if room.more else self._ask_at)
     return max(min(at), self._not_before) - now
 
@@ -344,7 +344,11 @@ def _listen(self:Worker):
 async def stop(self:Worker):
     "Stop taking jobs; wait up to `grace` seconds for those that run, and give back the rest."
     if self._pump_task is None: return
-    self._stopping = True
+    if self._ending is None: self._ending = self._loop.create_task(self._wind_down())
+    await asyncio.shield(self._ending)
+
+@patch
+async def _wind_down(self:Worker):
     self._stir.set()
     await self._periodic.stop()
     await self._wait_until(lambda: not self._running, self.grace)
@@ -373,7 +377,7 @@ async def _close(self:Worker):
         os.close(self._fd)
     self._threads.close()
     try:
-        await self._pump_task
+        await asyncio.wait([self._pump_task]) # which may have been cancelled
         await self.queue.do(self.queue.store.leave, self.name)
     except Exception as e: _log.error('Worker %s could not take leave, others will take over: %s', self.name, e)
     finally: self._pump_task = None

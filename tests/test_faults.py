@@ -9,6 +9,7 @@ from bgtasks.errors import StoreError
 from bgtasks.job import Call, Done, State, new_id
 from bgtasks.queue import TaskQueue
 from bgtasks.sqlite import SQLiteStore
+from bgtasks.tables import forget
 from bgtasks.worker import Worker
 
 ROOT = Path(__file__).parents[1]
@@ -639,8 +640,8 @@ def test_a_payload_that_is_too_large_says_so(path):
         assert queue.counts()[State.queued]==0
         task.enqueue('x')
 
-def test_a_claim_waits_for_no_disk_and_all_else_does(path, monkeypatch):
-    "With 'power' each commit is synced but that of a claim alone, also after trouble"
+def test_a_claim_and_forgetting_wait_for_no_disk_and_all_else_does(path, monkeypatch):
+    "With 'power' each commit is synced but that of a claim alone and that of a pruning, also after trouble"
     store = SQLiteStore(path)
     level,seen = lambda: store.file._cx.pragma('synchronous'),[]
     def noted(verb, real):
@@ -655,4 +656,7 @@ def test_a_claim_waits_for_no_disk_and_all_else_does(path, monkeypatch):
     monkeypatch.setattr(store, '_claim', lambda *_: 1/0)
     with pytest.raises(ZeroDivisionError): claim(store)
     assert len(store.add(calls()))==1 and seen[-1]==('_add', 2)
+    monkeypatch.setattr('bgtasks.sqlite.forget', noted('forget', forget))
+    store.clock = lambda: time.time()+8*24*3600
+    assert (store.prune(), store.purge(0))==(1, 0) and seen[-2:]==[('forget', 1), ('forget', 2)]
     store.close()

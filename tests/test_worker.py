@@ -232,6 +232,42 @@ def test_a_worker_goes_on_while_more_jobs_come_of_age_than_one_claim_looks_throu
         asyncio.run(Worker(q, concurrency=1).run(until_empty=True))
         assert ran==['first', *range(20_000)]
 
+@pytest.mark.parametrize('how', ['all at once', 'beside run', 'given up', 'in a job', 'without a pump'])
+def test_a_worker_ends_once_however_often_it_is_asked(tmp_path, how):
+    "Nothing of it is left, so it can be started again under its name"
+    async def main(q):
+        gate = asyncio.Event()
+        @q.task(name='hold')
+        async def hold(asks):
+            if asks: await worker.stop()
+            await gate.wait()
+        async def until(condition):
+            async with asyncio.timeout(60):
+                while not condition(): await asyncio.sleep(.01)
+        worker = Worker(q, name='one', grace=.1 if how=='in a job' else 60)
+        run = asyncio.create_task(worker.run() if how=='beside run' else worker.start())
+        await until(lambda: worker._pump_task)
+        job = hold.enqueue(how=='in a job')
+        await until(lambda: worker._running)
+        if how=='given up':
+            with pytest.raises(TimeoutError): await asyncio.wait_for(worker.stop(), .05)
+        elif how!='in a job':
+            stops = [asyncio.create_task(worker.stop()) for _ in range(3)]
+            await asyncio.sleep(.05)
+            if how=='without a pump': worker._pump_task.cancel() # as one does that cancels all tasks of a loop
+            gate.set()
+            await asyncio.wait_for(asyncio.gather(*stops), 60)
+        gate.set()
+        await until(lambda: worker._pump_task is None)
+        await asyncio.wait_for(run, 60)
+        again = how in ('in a job', 'without a pump')
+        assert q.get(job).state is (State.queued if again else State.succeeded) and not q.store.file._locks
+        if again: q.cancel(job)
+        async with worker:
+            assert await q.aresult(hold.enqueue(False), 60) is None
+            await worker.stop()
+    with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q: asyncio.run(main(q))
+
 def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
     async def main():
         with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
@@ -241,7 +277,7 @@ def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
             async with Worker(q, concurrency=1, lease=60) as worker:
                 await idle(q)
                 worker._rooms[None].rate = 1000 # as after many short jobs
-                worker._chores_at = worker._ask_at = float('inf') # but for its leases, nothing wakes it by the clock
+                worker._chores_at = worker._prune_at = worker._ask_at = float('inf') # but for its leases, nothing wakes it by the clock
                 worker._stir.set()
                 async with asyncio.timeout(30):
                     while q.store.orders.open[worker.name][0][0][1]==1: await asyncio.sleep(.01)
