@@ -10,6 +10,7 @@ import asyncio, logging, os, secrets, socket
 from collections.abc import Collection
 from contextlib import suppress
 from contextvars import copy_context
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -73,7 +74,7 @@ def _reset(self:Worker):
     self._sign = self._seen = self._reporting = False # has somebody brought work, cancelled some, reported?
     self._ask_at = self._asked_at = self._turned_at = self._watched_at = self._report_at = self._not_before = 0.0
     now = monotonic()
-    self._chores_at,self._prune_at,self._renew_at,self._gap = now+1,now+1,now+self.lease/3,0.0
+    self._chores_at,self._prune_at,self._renew_at,self._gap = now+1,inf,now+self.lease/3,0.0
 
 # %% ../nbs/api/40_worker.ipynb #cbf96f3e
 @patch
@@ -137,7 +138,8 @@ def _gather(self:Worker, now) -> Turn:
         turn.watch = [k for k,a in self._running.items() if now-a.since > .2 and not a.stopped]
         self._seen,self._watched_at = False,now
     if now >= self._chores_at: turn.max_crashes,self._chores_at,self._prune_at = self.max_crashes,now+1,now
-    if now >= self._prune_at: turn.prune = 500 + 2*len(turn.done)
+    if self._prune_at < inf: turn.prune = 2*len(turn.done)
+    if now >= self._prune_at: turn.prune,self._prune_at = turn.prune+500,now+.25
     if not self._ending: self._ask(turn, now >= self._ask_at)
     return turn
 
@@ -186,7 +188,7 @@ def _digest(self:Worker, turn):
     self._take_in(turn.jobs, now)
     for room in self._rooms.values(): room.measure(max(now-self._turned_at, 1e-4))
     self._turned_at = now
-    if turn.prune: self._prune_at = now + (.02 if turn.pruned==turn.prune else 10)
+    if turn.pruned < turn.prune: self._prune_at = inf # there is no more; the chores will look again
     if turn.error: self._bear(turn, now)
     else: self._trouble = 0
     if turn.swept: self._ask_at = 0
@@ -358,8 +360,7 @@ async def _wind_down(self:Worker):
     await self._close()
 
 @patch
-def _all_written(self:Worker):
-    return not (self._done or self._turn or any(r.ready for r in self._rooms.values()))
+def _all_written(self:Worker): return not (self._done or self._turn or any(r.ready for r in self._rooms.values()))
 
 @patch
 async def _wait_until(self:Worker, condition, seconds):

@@ -277,7 +277,7 @@ def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
             async with Worker(q, concurrency=1, lease=60) as worker:
                 await idle(q)
                 worker._rooms[None].rate = 1000 # as after many short jobs
-                worker._chores_at = worker._prune_at = worker._ask_at = float('inf') # but for its leases, nothing wakes it by the clock
+                worker._chores_at = worker._ask_at = float('inf') # but for its leases, nothing wakes it by the clock
                 worker._stir.set()
                 async with asyncio.timeout(30):
                     while q.store.orders.open[worker.name][0][0][1]==1: await asyncio.sleep(.01)
