@@ -6,7 +6,7 @@
 __all__ = ['on_signals']
 
 # %% ../nbs/api/24_signals.ipynb #7399c567
-import asyncio, signal
+import asyncio, os, signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import current_thread, main_thread
@@ -19,6 +19,11 @@ def _told(number, frame):
     for s in _before: signal.signal(s, _usual[s])
     for loop,first in _calls:
         with suppress(RuntimeError): loop.call_soon_threadsafe(first) # RuntimeError: the loop has ended
+
+def _put_back():
+    while _before: signal.signal(*_before.popitem())
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_put_back) # there is no loop in a child
 
 @contextmanager
 def on_signals(
@@ -35,4 +40,4 @@ def on_signals(
     try: yield
     finally:
         _calls.remove(call)
-        while _before and not _calls: signal.signal(*_before.popitem())
+        if not _calls: _put_back()

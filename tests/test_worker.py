@@ -349,6 +349,31 @@ def test_what_the_store_records_by_itself_comes_to_an_idle_worker_too(tmp_path):
         assert (news.task, given, store.counts()[State.running])==('tell', [], 1)
         assert [e.kind for e in store.events(job=news.id)]==['queued', 'running']
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there is no fork')
+def test_a_task_may_end_its_forked_child_by_a_signal(tmp_path):
+    "The child has the handlers of the program, and its parent does not take the signal for its own"
+    code = """
+import asyncio, multiprocessing, time
+from bgtasks import TaskQueue, Worker
+queue = TaskQueue()
+@queue.task
+def end_child():
+    fork = multiprocessing.get_context('fork')
+    begun = fork.Event()
+    p = fork.Process(target=lambda: (begun.set(), time.sleep(60)))
+    p.start(); begun.wait(30); p.terminate(); p.join(30)
+    return p.exitcode
+async def main():
+    worker = Worker(queue)
+    run = asyncio.create_task(worker.run())
+    print(await queue.aresult(end_child.enqueue(), 40), worker._told.is_set())
+    await worker.stop()
+    await run
+asyncio.run(main())"""
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert out.stdout==f'{-signal.SIGTERM} False\n', out.stderr
+
 class Server(Command):
     "An app under uvicorn, in a process of its own, with a worker in its lifespan"
     def __init__(self, folder, grace):
