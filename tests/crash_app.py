@@ -17,7 +17,7 @@ def ledger(name):
 queue = TaskQueue(SQLiteStore(folder/'q.db', 'process'))
 ran = ledger('ran')
 
-def told(what): ran(what, (j := current_job()).id, j.attempt, os.getpid(), time.monotonic_ns())
+def told(what): ran(what, (j := current_job()).id, j.attempt, os.getpid())
 
 @queue.task(name='wait')
 async def wait(ms):
@@ -45,6 +45,7 @@ def feed():
         ms = random.randrange(30)
         jobs = [wait.enqueue(ms), block.enqueue(ms), *wait.enqueue_many([(ms,)]*5)]
         jobs.append(wait.using(after=jobs[:2]).enqueue(ms))
+        if random.random() < .03: jobs.append(wait.enqueue(2000)) # longer than a lease
         for j in jobs: accepted(j.id)
         time.sleep(.02)
 

@@ -2,6 +2,7 @@
 `BGTASKS_LONG=600` makes the storm last so many seconds."""
 import os, random, signal, subprocess, sys, time
 from collections import defaultdict
+from math import inf
 from pathlib import Path
 
 import apsw, pytest
@@ -13,12 +14,17 @@ from bgtasks.sqlite import SQLiteStore
 SECONDS = float(os.environ.get('BGTASKS_LONG') or 15)
 HERE = Path(__file__).parent
 ENDS = ('succeeded', 'dead', 'cancelled')
+LEASE = 1.5 # seconds, as crash_app.py has it
+NOTE = 'BEGIN INSERT INTO leases VALUES(new.seq, new.attempt, new.worker, new.until); END;'
+LEDGER = f"""CREATE TABLE leases(seq, attempt, worker, until);
+CREATE TRIGGER begun AFTER INSERT ON jobs WHEN new.st=2 {NOTE}
+CREATE TRIGGER prolonged AFTER UPDATE OF until ON jobs WHEN new.st=2 {NOTE}"""
 
 pytestmark = pytest.mark.skipif(sys.platform=='win32', reason='there are no such signals')
 
 class Crew:
     "The processes of one test."
-    def __init__(self, folder): self.folder,self.procs = folder,[]
+    def __init__(self, folder): self.folder,self.procs,self.killed = folder,[],{}
 
     def start(self, what, *args):
         env = os.environ | {'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
@@ -29,6 +35,7 @@ class Crew:
 
     def end(self, p):
         "Kill a process for good, stopped or not"
+        self.killed[p.pid] = time.monotonic()
         p.kill(); p.wait()
         self.procs.remove(p)
 
@@ -77,6 +84,18 @@ def follow(events):
         state = e.kind
     return state
 
+def overlaps(leases, killed, given_back):
+    "Which attempts were claimed while the one before had its lease, and a process that could go on?"
+    last = {}
+    for job,attempt,worker,until in leases: # a line for each claim and each renewal
+        before,holder,end = last.get(job, (attempt, worker, 0))
+        claimed = until-LEASE
+        over = end < claimed+.001 or killed.get(pid_of(holder), inf) < claimed or (job, before) in given_back
+        if attempt!=before and not over: yield f'{job}: attempt {attempt} began {end-claimed:.3f} s before the lease of {holder} was over'
+        last[job] = attempt,worker,until
+
+def pid_of(worker): return int(worker.split('-')[-2])
+
 def all_events(store):
     last = 0
     while page := store.events(last, limit=10_000):
@@ -86,6 +105,9 @@ def all_events(store):
 def test_every_accepted_job_succeeds(crew):
     seed = random.randrange(10**6)
     print('seed', seed) # which signals were sent; when they arrive is up to the machine
+    SQLiteStore(crew.folder/'q.db', 'process').close()
+    with apsw.Connection(str(crew.folder/'q.db')) as cx: cx.execute(LEDGER)
+    cx.close()
     workers,feeder = [crew.start('work', 10**6) for _ in range(3)],crew.start('feed')
     until(crew, lambda: lines(crew.folder/'accepted'))
     storm(crew, workers, random.Random(seed))
@@ -99,17 +121,26 @@ def test_every_accepted_job_succeeds(crew):
     accepted = [i for i, in lines(crew.folder/'accepted')]
     assert len(accepted) > 50 and len(set(accepted))==len(accepted)
     for id in accepted: assert store.get(id).state is State.succeeded, store.get(id)
-    # no two leases of a job were alive at once, and nothing was written after its end
+    # one attempt came after the other, and nothing was written after the end
     logs = defaultdict(list)
     for e in all_events(store): logs[e.job].append(e)
     assert {follow(es) for es in logs.values()}=={'succeeded'}
-    # the ledger agrees: the attempt that counts ran from start to end, and no attempt began twice
-    ran = [(what, id, int(n)) for what,id,n,*_ in lines(crew.folder/'ran')]
+    # the ledger of the file agrees: no two leases of a job were alive at once
+    leases = store.file.read('SELECT id, l.attempt, l.worker, l.until FROM leases l JOIN jobs USING(seq) ORDER BY l.rowid')
+    log = [e for es in logs.values() for e in es]
+    assert {(i, n) for i,n,*_ in leases}=={(e.job, e.attempt) for e in log if e.kind=='running'}
+    given_back = {(e.job, e.attempt) for e in log if e.kind=='queued' and e.attempt and e.data is None}
+    assert not [*overlaps(leases, crew.killed, given_back)]
+    # that of the workers, too: no attempt began twice, or where it had no lease, or was given back; and the last one ran to its end
+    ran = [(what, id, int(n), int(pid)) for what,id,n,pid in lines(crew.folder/'ran')]
     once = set(ran)
     assert len(once)==len(ran)
-    for id,es in logs.items(): assert {('start', id, es[-1].attempt), ('end', id, es[-1].attempt)} <= once
+    began = {(id, n, pid) for what,id,n,pid in ran if what=='start'}
+    assert began <= {(i, n, pid_of(w)) for i,n,w,_ in leases} and not given_back & {(i, n) for i,n,_ in began}
+    ended = {(id, n) for what,id,n,_ in ran if what=='end'}
+    assert {(id, es[-1].attempt) for id,es in logs.items()} <= ended & {(i, n) for i,n,_ in began}
     again = sum(store.get(id).crashes > 0 for id in accepted)
-    print(f'{len(accepted)} jobs, {again} of them more than once')
+    print(f'{len(accepted)} jobs, {again} of them more than once; {len(leases)} lines, {len(given_back)} given back')
     store.close()
     assert apsw.Connection(str(crew.folder/'q.db')).pragma('integrity_check')=='ok'
 
