@@ -91,7 +91,7 @@ def overlaps(leases, killed, given_back):
         before,holder,end = last.get(job, (attempt, worker, 0))
         claimed = until-LEASE
         over = end < claimed+.001 or killed.get(pid_of(holder), inf) < claimed or (job, before) in given_back
-        if attempt!=before and not over: yield f'{job}: attempt {attempt} began {end-claimed:.3f} s before the lease of {holder} was over'
+        if attempt!=before and not over: yield f'{job}: attempt {attempt} began {end-claimed:.3f} s too early'
         last[job] = attempt,worker,until
 
 def pid_of(worker): return int(worker.split('-')[-2])
@@ -126,12 +126,13 @@ def test_every_accepted_job_succeeds(crew):
     for e in all_events(store): logs[e.job].append(e)
     assert {follow(es) for es in logs.values()}=={'succeeded'}
     # the ledger of the file agrees: no two leases of a job were alive at once
-    leases = store.file.read('SELECT id, l.attempt, l.worker, l.until FROM leases l JOIN jobs USING(seq) ORDER BY l.rowid')
+    sql = 'SELECT id, l.attempt, l.worker, l.until FROM leases l JOIN jobs USING(seq) ORDER BY l.rowid'
+    leases = store.file.read(sql)
     log = [e for es in logs.values() for e in es]
     assert {(i, n) for i,n,*_ in leases}=={(e.job, e.attempt) for e in log if e.kind=='running'}
     given_back = {(e.job, e.attempt) for e in log if e.kind=='queued' and e.attempt and e.data is None}
     assert not [*overlaps(leases, crew.killed, given_back)]
-    # that of the workers, too: no attempt began twice, or where it had no lease, or was given back; and the last one ran to its end
+    # that of the workers, too: none began twice, or without a lease, or was given back; the last one ran to its end
     ran = [(what, id, int(n), int(pid)) for what,id,n,pid in lines(crew.folder/'ran')]
     once = set(ran)
     assert len(once)==len(ran)

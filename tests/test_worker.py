@@ -371,7 +371,7 @@ async def main():
     await run
 asyncio.run(main())"""
     env = dict(os.environ, PYTHONPATH=str(ROOT))
-    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
     assert out.stdout==f'{-signal.SIGTERM} False\n', out.stderr
 
 class Server(Command):
