@@ -34,7 +34,7 @@ def on_signals(
     if current_thread() is not main_thread(): yield; return
     _calls.append(call := (loop, first))
     for s in _usual:
-        if (handler := signal.getsignal(s)) in (signal.SIG_IGN, None, _told): continue # None: one that can't be put back
+        if (handler := signal.getsignal(s)) in (signal.SIG_IGN, None, _told): continue # None: not one of Python's
         _before.setdefault(s, handler)
         signal.signal(s, _told)
     try: yield
