@@ -53,8 +53,8 @@ class _Line:
         about = dict(product='bgtasks', capabilities=_able) | (p.client_properties or {})
         tune = self._ask(c.StartOk(about, kind, secret, p.locale), c.Tune)
         self.most = min(o for o in (p.frame_max, tune.frame_max) if o)
-        self.beat = p.heartbeat if isinstance(p.heartbeat, int) else tune.heartbeat
-        self._say(c.TuneOk(1, self.most, self.beat))
+        beat = p.heartbeat if isinstance(p.heartbeat, int) else tune.heartbeat
+        self._say(c.TuneOk(1, self.most, beat))
         self._ask(c.Open(p.virtual_host), c.OpenOk)
         self._ask(ch.Open(), ch.OpenOk, 1)
         self._ask(confirm.Select(), confirm.SelectOk, 1)
@@ -167,7 +167,7 @@ class Publisher:
     "Sends messages to RabbitMQ."
     def __init__(self,
         parameters:Any,    # Where it is, as pika has it: `ConnectionParameters`, or a list of them
-        patience:float=9.0 # Seconds to wait for a confirmation
+        patience:float=9.0 # Seconds for up to a hundred messages to be sent and confirmed
     ):
         self.parameters,self.patience,self.spare = parameters,patience,Spare()
 

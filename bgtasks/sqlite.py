@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from fastcore.basics import patch
-from msgspec import json, structs
+from msgspec import json
 
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id, fetch

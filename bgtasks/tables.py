@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from msgspec import json, structs
+from msgspec import json
 
 from .job import Call, Done, Failure, Job, Notice, Progress, State, deliveries
 from .log import json_in, json_list, last_number, note, note_all, text

@@ -98,7 +98,7 @@ class Turn:
         self.look,self.sure = True,True     # does it ask for all rooms, or for some? without looking first?
         self.max_crashes,self.prune = None,0 # `None`: no sweep in this turn; how many to forget at most
         self.written,self.late,self.left,self.error = 0,[],self.done,None # what came of the verdicts
-        self.lost,self.jobs,self.swept,self.mended,self.due,self.pruned = [],[],[],[],None,0
+        self.lost,self.jobs,self.swept,self.due,self.pruned = [],[],[],None,0
 
     def __repr__(self): return f'Turn({self.written} written, {len(self.left)} left, {len(self.jobs)} claims)'
 
@@ -145,7 +145,7 @@ class Turn:
         for (room,n),o in zip(asked, jobs): room.more = len(o) >= n
 
     def _keep_house(self, store):
-        if self.max_crashes is not None: self.swept,self.mended = store.sweep(self.max_crashes),mend(store)
+        if self.max_crashes is not None: self.swept = store.sweep(self.max_crashes); mend(store)
         if self.prune: self.pruned = store.prune(self.prune)
 
 # %% ../nbs/api/36_turn.ipynb #99980e17
