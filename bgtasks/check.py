@@ -231,7 +231,7 @@ def _(t):
         t.wait(2)
     yield bool(t.get(a).error and t.get(a).finished_at), True
 
-@_promise('sweep: jobs that one worker has taken down twice are due one by one, the next time the other way round')
+@_promise('sweep: jobs that lose a worker together a second time are due one by one, the next time the other way round')
 def _(t):
     jobs,orders = t.add(3),[]
     for n in range(3):

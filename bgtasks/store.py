@@ -31,10 +31,10 @@ class Store(Protocol):
         `running`, this `worker`. A record that can't be read becomes `dead` with the reason and is not given out."""
     def stand_by(self, worker:str, wants:Sequence[tuple[Collection[str], int]]=(),
                  queues:Collection[str]|None=None, *, lease:float=30.0, give:Callable|None=None) -> None:
-        """Claim for `worker`, of the jobs that the next `add` of this process brings for it, each of `wants` (tasks,
-        limit), in the same commit; then call `give` with the jobs of each, once, in any thread; a job that is
-        cancelled before it has begun is taken out of these lists. Without `wants`: no longer. A worker that stands by
-        goes on looking, so a store need not do this: then jobs start later."""
+        """Have the next `add` of this process that brings jobs for `worker` claim them in the same commit: for each of
+        `wants` (tasks, limit) so many at most. Then call `give` with the jobs of each, once, in any thread; a job that
+        is cancelled before it has begun is taken out of these lists. Without `wants`: no longer. A worker that stands
+        by goes on looking, so a store need not do this: then jobs start later."""
 
     def renew(self, worker:str, jobs:Iterable[tuple[int, int]], lease:float=30.0) -> list[tuple[int, int]]:
         """Prolong the leases of these (seq, attempt) pairs; give those that this worker no longer holds (cancelled,
@@ -59,9 +59,9 @@ class Store(Protocol):
     def sweep(self, max_crashes:int=3) -> list[Job]:
         """Take back what vanished workers held: leases that ran out, and workers of this machine that are dead.
         Those jobs are queued again and their attempt counts as a crash, not as a try; with more than
-        `max_crashes` crashes a job is dead instead. They are due at once, but several that one worker has taken
-        down for a second time or more are due soon, one after the other (of many, some together at first), each time
-        in the opposite order, so that the one that does it and the others part. Gives the jobs, as they are now."""
+        `max_crashes` crashes a job is dead instead. They are due at once, but several that have lost one worker
+        together, for a second time or more, are due soon, one after the other (of many, some together at first), each
+        time in the opposite order, so that the one to blame and the others part. Gives the jobs, as they are now."""
     def next_due(self, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
         """Seconds from now until `claim` with these may give something: 0 or less if it would now, `None` if nothing
         waits. What is blocked, by a paused queue or by a job that it is to run after, doesn't wait for a time and
