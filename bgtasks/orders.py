@@ -25,7 +25,7 @@ class Orders:
         worker:str,                                     # Its name
         wants:Sequence[tuple[Collection[str], int]]=(), # Tasks, and how many jobs of these; nothing: no longer
         queues:Collection[str]|None=None,               # Only from these
-        lease:float=30.0,                               # Seconds
+        lease:float=30.0,                               # Seconds that the claim lasts
         give:Callable|None=None                         # Called, once, with the jobs of each of `wants`
     ):
         "Leave an order, in place of the last one."

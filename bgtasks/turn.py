@@ -89,7 +89,7 @@ class Turn:
     "What is to be done in the store, and what came of it."
     def __init__(self,
         worker:str,              # Name of the worker
-        lease:float,             # Seconds
+        lease:float,             # Seconds that a claim or a renewal lasts
         done:list[Done]|None=None, # Verdicts to write
         failed:int=0             # Times that it has failed; after the first, each verdict is written for itself
     ):
