@@ -47,7 +47,7 @@ def _patient(seconds):
     "A busy handler that tries again soon: SQLite's own sleeps up to a tenth of a second."
     def wait(n):
         time.sleep(min(.0001 * 2**min(n, 7), .01) * (.5 + random.random()))
-        return n * .005 < seconds # each later round sleeps 10 ms on average, the first few less
+        return n * .01 < seconds # each later round sleeps 10 ms on average, the first few less
     return wait
 
 # %% ../nbs/api/15_file.ipynb #187a88c4

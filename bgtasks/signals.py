@@ -23,7 +23,12 @@ def _told(number, frame):
 def _put_back():
     while _before: signal.signal(*_before.popitem())
 
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_put_back) # there is no loop in a child
+def _forked():
+    "There is no loop in a child."
+    _calls.clear()
+    _put_back()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forked)
 
 @contextmanager
 def on_signals(
@@ -39,5 +44,5 @@ def on_signals(
         signal.signal(s, _told)
     try: yield
     finally:
-        _calls.remove(call)
+        if call in _calls: _calls.remove(call) # a forked child has forgotten it
         if not _calls: _put_back()

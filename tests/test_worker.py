@@ -374,6 +374,29 @@ asyncio.run(main())"""
     out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
     assert out.stdout==f'{-signal.SIGTERM} False\n', out.stderr
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there is no fork')
+def test_a_forked_child_that_has_had_a_worker_can_be_ended_by_a_signal(tmp_path):
+    "Its own worker leaves the handlers of the program, though its parent's has not ended; so does the parent's block"
+    code = """
+import asyncio, os, signal, sys
+from bgtasks import TaskQueue, Worker
+from bgtasks.signals import on_signals
+def handlers(): return [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+before = handlers()
+async def work(): await Worker(TaskQueue()).run(until_empty=True)
+loop = asyncio.new_event_loop()
+with on_signals(loop, print):
+    if (child := os.fork())==0:
+        asyncio.run(work())
+        if handlers()!=before: os._exit(3)
+    else: assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])==0
+assert handlers()==before
+loop.close()"""
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True,
+                         timeout=120)
+    assert out.returncode==0, out.stderr
+
 class Server(Command):
     "An app under uvicorn, in a process of its own, with a worker in its lifespan"
     def __init__(self, folder, grace):
