@@ -7,11 +7,11 @@ __all__ = ['fetch', 'SharedFile', 'boot_id']
 
 # %% ../nbs/api/15_file.ipynb #6034b824
 import ctypes, logging, os, random, socket, sys, threading, time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from weakref import WeakSet
 
 import apsw
@@ -348,6 +348,16 @@ def clear(self:SharedFile,
         if (fd := self._seize(name)) is None: return
         try: os.unlink(self._lock_path(name))
         finally: os.close(fd)
+
+@patch
+def tidy(self:SharedFile,
+    needed:Callable[[], Collection[str]] # Gives names of locks whose files are to stay; asked when the dead are known
+):
+    "Remove the files of all locks whose holders are dead."
+    try: names = [unquote(n) for n in os.listdir(f'{self.path}-workers')]
+    except OSError: return # no worker has been here yet
+    dead = [n for n in names if self.is_dead(n)]
+    for name in set(dead).difference(needed()): self.clear(name)
 
 # %% ../nbs/api/15_file.ipynb #73e1e45b
 def boot_id() -> str: # Empty where the system doesn't tell

@@ -249,6 +249,7 @@ def gone(self:SQLiteStore, jobs:Iterable[tuple[int, int]]) -> list[tuple[int, in
 @patch
 def join(self:SQLiteStore, worker:str):
     "Say that this worker lives in this process."
+    self.file.tidy(lambda: {w for w, in self.file.read('SELECT worker FROM jobs WHERE st=2')})
     self.file.lock(worker)
 
 @patch
