@@ -109,7 +109,7 @@ class Unsupported(BadOption):
     "The backend of this queue can't do that."
 
 class BackendUnavailable(BgTasksError, ConnectionError):
-    "The backend can't be reached; what was asked for has not been done, and may be asked for again."
+    "The backend can't be reached, or doesn't answer; what it was not `sent` may be asked for again."
     sent:tuple = ()     # Ids of the jobs of the same call that had been handed over before
     doubtful:tuple = () # Ids of those that were sent, and nobody knows whether they have arrived
 
