@@ -90,13 +90,13 @@ def test_check_tells_what_it_measured(signs):
 
 def test_check_counts_faulty_rows(tmp_path):
     (tmp_path/'messy.csv').write_bytes('name;town\nAda;"Lon\ndon"\n\nGrace\nJosé;Lima\n'.encode() + b'Jos\xe9;Lima\n')
-    res = bgtasks('demo', '--check', 'messy.csv', '--seconds', .2, cwd=tmp_path)
+    res = bgtasks('demo', '--check', 'messy.csv', '--seconds', 1, cwd=tmp_path)
     assert res.returncode==0, res.stdout+res.stderr
     assert re.search('rows are processed .* 4 of 4', res.stdout) and re.search('Faulty rows .* 2 of 2', res.stdout)
 
 def test_check_where_the_output_has_few_letters(tmp_path):
     (tmp_path/'a.csv').write_bytes(b'a,b\n1,2\n')
-    res = bgtasks('demo', '--check', 'a.csv', '--seconds', .2, cwd=tmp_path, PYTHONIOENCODING='ascii')
+    res = bgtasks('demo', '--check', 'a.csv', '--seconds', 1, cwd=tmp_path, PYTHONIOENCODING='ascii')
     assert res.returncode==0, res.stdout+res.stderr
     assert res.stdout.count('| + |')==9
 
