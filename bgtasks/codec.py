@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Optional, TypedDict, get_origin, get_type_hints
 
 import msgspec
+from fastcore.basics import patch
 from msgspec import structs
 
 from .errors import BadArguments, TooLarge, Unusable
@@ -196,11 +197,6 @@ def _annotated(annotation, names, default=inspect.Parameter.empty):
     except Exception: return Any
 
 # %% ../nbs/api/12_codec.ipynb #d85c140e
-def _call_reader(types, names):
-    "What reads all calls with the same number of positional arguments and the same names."
-    return _reader(tuple[tuple[tuple(types)], TypedDict('_Names', names)])
-
-# %% ../nbs/api/12_codec.ipynb #7f1594b0
 class Codec:
     "The arguments and the result of one task, to JSON and back."
     def __init__(self,
@@ -221,83 +217,101 @@ class Codec:
 
     def __repr__(self): return f'Codec({self.name}{self.sig})'
 
-    def _names(self, args, kwargs):
-        "Which parameter each positional argument goes to, and each named one."
-        at = self._pos[:len(args)] + [self._rest[0]]*(len(args)-len(self._pos))
-        return at, {k: k if k in self._named else self._more[0] for k in kwargs}
+# %% ../nbs/api/12_codec.ipynb #e7fb4f6b
+def _call_reader(types, names):
+    "What reads all calls with the same number of positional arguments and the same names."
+    return _reader(tuple[tuple[tuple(types)], TypedDict('_Names', names)])
 
-    def _new_reader(self, args, kwargs) -> Callable:
-        "Bind a call of a shape that is new."
-        try: self.sig.bind(*args, **kwargs)
-        except TypeError as e: raise BadArguments(f'{self.name}: {e}; its signature is {self.sig}') from None
-        at,by = self._names(args, kwargs)
-        read = _call_reader([self.types[p] for p in at], {k: self.types[p] for k,p in by.items()})
-        if len(self._readers) > 200: self._readers.clear() # a task that takes `**kwargs` may see any number of shapes
-        self._readers[(len(args), *kwargs) if kwargs else len(args)] = read
-        return read
+@patch
+def _names(self:Codec, args, kwargs):
+    "Which parameter each positional argument goes to, and each named one."
+    at = self._pos[:len(args)] + [self._rest[0]]*(len(args)-len(self._pos))
+    return at, {k: k if k in self._named else self._more[0] for k in kwargs}
 
-    def _reader(self, args, kwargs) -> Callable:
-        return self._readers.get((len(args), *kwargs) if kwargs else len(args)) or self._new_reader(args, kwargs)
+@patch
+def _new_reader(self:Codec, args, kwargs) -> Callable:
+    "Bind a call of a shape that is new."
+    try: self.sig.bind(*args, **kwargs)
+    except TypeError as e: raise BadArguments(f'{self.name}: {e}; its signature is {self.sig}') from None
+    at,by = self._names(args, kwargs)
+    read = _call_reader([self.types[p] for p in at], {k: self.types[p] for k,p in by.items()})
+    if len(self._readers) > 200: self._readers.clear() # a task that takes `**kwargs` may see any number of shapes
+    self._readers[(len(args), *kwargs) if kwargs else len(args)] = read
+    return read
 
-    def encode(self,
-        args:Sequence=(),            # Positional arguments
-        kwargs:Mapping[str, Any]={}  # Those given by name
-    ) -> bytes: # JSON: `[[positional…], {name: …}]`
-        "Write down a call, or raise `BadArguments` that names the argument."
-        call = tuple(args),kwargs
-        read = self._reader(*call)
-        try:
-            raw = _write(call)
-            if len(raw) <= self.max_payload and not _too_deep(raw, _deepest+2) and read(raw) == call: return raw
-        except Exception: pass # which argument it was is found out below
-        return self._judge(*call)
+@patch
+def _find_reader(self:Codec, args, kwargs) -> Callable:
+    return self._readers.get((len(args), *kwargs) if kwargs else len(args)) or self._new_reader(args, kwargs)
 
-    def _judge(self, args, kwargs) -> bytes:
-        "Write down a call that doesn't come back equal, if it comes back as annotated."
-        raw = why = None
-        try: raw = _write((args, kwargs))
-        except Exception as e: why = e
-        if raw and len(raw) > self.max_payload:
-            raise TooLarge(f'{self.name}: the arguments take {self._too_long(raw)} Keep what is large in a file or a '
-                           'table, and pass its path or id.')
-        at,by = self._names(args, kwargs)
-        given = [(p, p if p in self._pos else f'*{p}', v) for p,v in zip(at, args)]
-        for p,label,v in given + [(by[k], k, v) for k,v in kwargs.items()]:
-            if fault := _why_not(v, self.types[p]): raise BadArguments(f'{self.name}: argument {label!r} {fault}')
-        if raw is None: raise BadArguments(f"{self.name}: the arguments can't be recorded: {why}")
-        return raw
+# %% ../nbs/api/12_codec.ipynb #3d559def
+@patch
+def encode(self:Codec,
+    args:Sequence=(),            # Positional arguments
+    kwargs:Mapping[str, Any]={}  # Those given by name
+) -> bytes: # JSON: `[[positional…], {name: …}]`
+    "Write down a call, or raise `BadArguments` that names the argument."
+    call = tuple(args),kwargs
+    read = self._find_reader(*call)
+    try:
+        raw = _write(call)
+        if len(raw) <= self.max_payload and not _too_deep(raw, _deepest+2) and read(raw) == call: return raw
+    except Exception: pass # which argument it was is found out below
+    return self._judge(*call)
 
-    def _too_long(self, raw): return f'{len(raw):,} bytes as JSON, and max_payload is {self.max_payload:,}.'
+# %% ../nbs/api/12_codec.ipynb #e9ade74e
+@patch
+def _judge(self:Codec, args, kwargs) -> bytes:
+    "Write down a call that doesn't come back equal, if it comes back as annotated."
+    raw = why = None
+    try: raw = _write((args, kwargs))
+    except Exception as e: why = e
+    if raw and len(raw) > self.max_payload:
+        raise TooLarge(f'{self.name}: the arguments take {self._too_long(raw)} Keep what is large in a file or a '
+                       'table, and pass its path or id.')
+    at,by = self._names(args, kwargs)
+    given = [(p, p if p in self._pos else f'*{p}', v) for p,v in zip(at, args)]
+    for p,label,v in given + [(by[k], k, v) for k,v in kwargs.items()]:
+        if fault := _why_not(v, self.types[p]): raise BadArguments(f'{self.name}: argument {label!r} {fault}')
+    if raw is None: raise BadArguments(f"{self.name}: the arguments can't be recorded: {why}")
+    return raw
 
-    def decode(self,
-        args:Sequence,            # Positional arguments, as JSON has them
-        kwargs:Mapping[str, Any]  # Those given by name
-    ) -> tuple[tuple, dict]: # The arguments, as annotated
-        "Make of plain values what the annotations say, or raise `Unusable` if the task takes them no more."
-        try: return self._reader(args, kwargs)(_write((args, kwargs))) # quicker than `msgspec.convert`
-        except BadArguments as e: raise Unusable(f'The recorded arguments no longer fit: {e}') from None
-        except Exception as e:
-            raise Unusable(f'{self.name}: the recorded arguments no longer fit the signature {self.sig}: {e}') from None
+@patch
+def _too_long(self:Codec, raw): return f'{len(raw):,} bytes as JSON, and max_payload is {self.max_payload:,}.'
 
-    def encode_result(self,
-        value:Any # What the function returned
-    ) -> bytes: # JSON
-        "Write down a result, or raise `Unusable`."
-        if value is None: return b'null'
-        raw = None
-        try:
-            raw = _write(value)
-            if len(raw) <= self.max_payload and not _too_deep(raw) and self._read_result(raw) == value: return raw
-        except Exception: pass # why is found out below
-        if raw and len(raw) > self.max_payload:
-            raise Unusable(f'{self.name} ran, but its result takes {self._too_long(raw)} Write it to a file or table.')
-        if _why_not(value, self.result_type, exact=False) and (why := _why_not(value, Any)):
-            raise Unusable(f'{self.name} ran, but its result {why}')
-        return raw
+# %% ../nbs/api/12_codec.ipynb #b9cb51fa
+@patch
+def decode(self:Codec,
+    args:Sequence,            # Positional arguments, as JSON has them
+    kwargs:Mapping[str, Any]  # Those given by name
+) -> tuple[tuple, dict]: # The arguments, as annotated
+    "Make of plain values what the annotations say, or raise `Unusable` if the task takes them no more."
+    try: return self._find_reader(args, kwargs)(_write((args, kwargs))) # quicker than `msgspec.convert`
+    except BadArguments as e: raise Unusable(f'The recorded arguments no longer fit: {e}') from None
+    except Exception as e:
+        raise Unusable(f'{self.name}: the recorded arguments no longer fit the signature {self.sig}: {e}') from None
 
-    def decode_result(self,
-        value:Any # The result, as JSON has it
-    ) -> Any: # As annotated
-        "Make of a plain result what the return annotation says; if it is something else, it stays plain."
-        try: return self._read_result(_write(value))
-        except Exception: return value
+# %% ../nbs/api/12_codec.ipynb #9ffeb4ad
+@patch
+def encode_result(self:Codec,
+    value:Any # What the function returned
+) -> bytes: # JSON
+    "Write down a result, or raise `Unusable`."
+    if value is None: return b'null'
+    raw = None
+    try:
+        raw = _write(value)
+        if len(raw) <= self.max_payload and not _too_deep(raw) and self._read_result(raw) == value: return raw
+    except Exception: pass # why is found out below
+    if raw and len(raw) > self.max_payload:
+        raise Unusable(f'{self.name} ran, but its result takes {self._too_long(raw)} Write it to a file or table.')
+    if _why_not(value, self.result_type, exact=False) and (why := _why_not(value, Any)):
+        raise Unusable(f'{self.name} ran, but its result {why}')
+    return raw
+
+@patch
+def decode_result(self:Codec,
+    value:Any # The result, as JSON has it
+) -> Any: # As annotated
+    "Make of a plain result what the return annotation says; if it is something else, it stays plain."
+    try: return self._read_result(_write(value))
+    except Exception: return value

@@ -93,11 +93,11 @@ return 0'''
 
 # %% ../nbs/api/19_scripts.ipynb #3e75d423
 scripts['begin'] = '''
-local key,keep,task,lane,sent = ARGV[4],ARGV[5],ARGV[6],ARGV[7],tonumber(ARGV[8])
+local key,keep,task,subqueue,sent = ARGV[4],ARGV[5],ARGV[6],ARGV[7],tonumber(ARGV[8])
 local round,nonce,worker,dead = tonumber(ARGV[9]),ARGV[12],ARGV[13],ARGV[14]
 local lease,max,why = tonumber(ARGV[15]),tonumber(ARGV[16]),ARGV[17]
-if sent > 0 and sent > tonumber(redis.call('HGET', P..'passed', lane) or 0) then
-  redis.call('HSET', P..'passed', lane, stamp(sent))
+if sent > 0 and sent > tonumber(redis.call('HGET', P..'passed', subqueue) or 0) then
+  redis.call('HSET', P..'passed', subqueue, stamp(sent))
 end
 local state,current,attempt,lost,crashes,created,was,holder,till,again = get('state', 'round', 'attempt', 'lost',
                                                          'crashes', 'created_at', 'nonce', 'worker', 'until', 'again')
@@ -196,10 +196,10 @@ return 'yes'
 scripts['overdue'] = '''
 local late,turn,max,found = tonumber(ARGV[3]),tonumber(ARGV[4]),tonumber(ARGV[5]),{stamp(now)}
 local function give(...) for _,o in ipairs({...}) do found[#found+1] = o end end
-local function trial(lane, passed)
-  local at = tonumber(redis.call('HGET', P..'trial', lane) or 0)
+local function trial(subqueue, passed)
+  local at = tonumber(redis.call('HGET', P..'trial', subqueue) or 0)
   if at > passed and now-at < 10*late then return end
-  redis.call('HSET', P..'trial', lane, stamp(now))
+  redis.call('HSET', P..'trial', subqueue, stamp(now))
   return true
 end
 local function one(open, job)
@@ -212,9 +212,9 @@ local function one(open, job)
   elseif state~='queued' then return redis.call('ZREM', open, id)
   else
     local fine,m = pcall(cjson.decode, msg) -- it has its limits
-    local lane = fine and (m.queue or 'default')..':'..(m.priority or 0) or ''
-    local passed = tonumber(redis.call('HGET', P..'passed', lane) or 0)
-    if passed > tonumber(sent or created) or trial(lane, passed) then
+    local subqueue = fine and (m.queue or 'default')..':'..(m.priority or 0) or ''
+    local passed = tonumber(redis.call('HGET', P..'passed', subqueue) or 0)
+    if passed > tonumber(sent or created) or trial(subqueue, passed) then
       set('sent', stamp(now))
       give(id, '', '0')
       wait = more(late)
