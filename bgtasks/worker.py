@@ -136,7 +136,7 @@ def _gather(self:Worker, now) -> Turn:
     if now >= self._renew_at: turn.renew,self._renew_at = self._held(turn),now+self.lease/3
     if self._seen and now >= self._watched_at+.25:
         turn.watch = [k for k,a in self._running.items() if now-a.since > .2 and not a.stopped]
-        self._seen,self._watched_at = False,now
+        self._seen,self._watched_at = len(turn.watch) < len(self._running),now # the young are looked at later
     if now >= self._chores_at: turn.max_crashes,self._chores_at,self._prune_at = self.max_crashes,now+1,now
     if self._prune_at < inf: turn.prune = 2*len(turn.done)
     if now >= self._prune_at: turn.prune,self._prune_at = turn.prune+500,now+.25

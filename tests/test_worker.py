@@ -203,6 +203,22 @@ def test_a_job_cancelled_on_its_way_to_the_worker_does_not_start(tmp_path):
             assert ran==[2]
     asyncio.run(main())
 
+def test_a_job_cancelled_as_it_begins_is_stopped_long_before_its_lease_is_renewed(tmp_path):
+    async def main():
+        with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
+            begun,stopped = asyncio.Event(),asyncio.Event()
+            @q.task(name='t')
+            async def t():
+                begun.set()
+                try: await asyncio.Event().wait()
+                finally: stopped.set()
+            async with Worker(q, lease=3600), asyncio.timeout(30):
+                job = t.using(delay=.5).enqueue() # nobody brings news when it begins
+                await begun.wait()
+                q.cancel(job)
+                await stopped.wait()
+    asyncio.run(main())
+
 @pytest.mark.parametrize('cancelled', [True, False])
 def test_a_worker_whose_loop_has_ended_holds_no_job(tmp_path, cancelled):
     with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
