@@ -16,7 +16,7 @@ from .job import Job, State
 
 # %% ../nbs/api/14_orders.ipynb #c9c0d11c
 class Orders:
-    "What workers of this process would take, that have nothing to do."
+    "What the idle workers of this process would take."
     def __init__(self): self.open,self.given = {},{} # by worker; and the jobs that are on their way to it
 
     def __repr__(self): return f'Orders({list(self.open)})'
