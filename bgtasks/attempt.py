@@ -39,9 +39,9 @@ async def attempt(
     try: args,kwargs = task.codec.decode(job.args, job.kwargs)
     except Unusable as e: return Outcome(error=e)
     func,typed = _portable(task) if runner=='process' else task.func,partial(replace, job, args=args, kwargs=kwargs)
-    timeout = task.timeout if job.timeout is None else job.timeout
-    if not middleware: return await run(func, args, kwargs, runner=runner, timeout=timeout, job=typed, report=report)
-    async def call(job): return await run(func, args, kwargs, runner=runner, timeout=timeout, job=typed, report=report)
+    once = partial(run, func, args, kwargs, runner=runner, timeout=job.timeout, job=typed, report=report)
+    if not middleware: return await once()
+    async def call(job): return await once()
     for mw in reversed(middleware): call = partial(_through, mw, call)
     try: out = await call(job)
     except Exception as e: return Outcome(error=e)

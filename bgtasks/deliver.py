@@ -20,4 +20,4 @@ def know_deliveries(
 ):
     "Declare the tasks by which the jobs of `queue` tell of their end, unless they are there."
     for name,func in (('bgtasks.webhook', deliver_webhook), ('bgtasks.email', deliver_email)):
-        if name not in queue.tasks: queue.task(func, name=name, backoff=patience, timeout=120)
+        if name not in queue.tasks: queue.task(func, name=name, backoff=patience)

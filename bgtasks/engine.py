@@ -94,7 +94,7 @@ class _Bench:
         reporter = self.reports.reporter(*key) if self.records is not None else None
         kind = task.runner or (None if task.is_async else 'thread')
         try:
-            if kind=='thread' and not middleware and (task.timeout if job.timeout is None else job.timeout) is None:
+            if kind=='thread' and not middleware and job.timeout is None:
                 return self._here(held, job, task, reporter)
             runner = self.threads if kind=='thread' else kind
             coro = self._guarded(held, job, task, runner, middleware, reporter)

@@ -119,6 +119,7 @@ class Notice(Struct, frozen=True, kw_only=True):
     on:tuple[State, ...] = (State.succeeded, State.dead) # The ends that are told
     queue:str|None = None           # In which it is told; that of the job if missing
     retries:int = 10                # Attempts to tell after the first
+    timeout:float|None = 120.0      # Seconds that one of them may take
     keep:float = 604800.0           # Seconds that the record of it stays
 
 class Call(Struct, frozen=True, kw_only=True, gc=False):
@@ -175,7 +176,7 @@ def deliveries(
     "Write down the calls that tell of the end of `job`."
     wanted = [n for n in notices if job.state in n.on]
     return [Call(id=id, task=n.task, payload=json.encode([[*n.args, id, news(job)], {}]), queue=n.queue or job.queue,
-                 retries=n.retries, keep=n.keep) for n,id in zip(wanted, new_ids(len(wanted)))]
+                 retries=n.retries, timeout=n.timeout, keep=n.keep) for n,id in zip(wanted, new_ids(len(wanted)))]
 
 # %% ../nbs/api/00_job.ipynb #ed7f55a5
 class Event(Struct, frozen=True, kw_only=True):
