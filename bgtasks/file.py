@@ -133,115 +133,132 @@ class SharedFile:
 
     def __repr__(self): return f'SharedFile({Path(self.path).name!r})'
 
-    def _open(self):
-        _disown()
-        self._locks,self._signals,self._bell,self._minds = {},{},None,self.sync
-        self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
-        self.after = []   # a verb adds what is to be called when its transaction is over, with whether it was committed
-        try:
-            if not self.memory: _make_private(self.path)
-            self._cx = self._connect()
-            self._transact(self.setup)
-            self._rx = self._cx if self.memory else self._connect()
-        except apsw.Error as e: raise _trouble(self.path, e) from None
-        except OSError as e: raise StoreError(f"{self.path}: can't be made ({e.strerror}); does its folder exist, and "
-                                              'may this user write there?') from None
-        self._pid = os.getpid() # last: now any thread may use it
+# %% ../nbs/api/15_file.ipynb #672a3930
+@patch
+def _open(self:SharedFile):
+    _disown()
+    self._locks,self._signals,self._bell,self._minds = {},{},None,self.sync
+    self.news = False # a verb sets it when it brings work: those who wait for news are told at the commit
+    self.after = []   # a verb adds what is to be called when its transaction is over, with whether it was committed
+    try:
+        if not self.memory: _make_private(self.path)
+        self._cx = self._connect()
+        self._transact(self.setup)
+        self._rx = self._cx if self.memory else self._connect()
+    except apsw.Error as e: raise _trouble(self.path, e) from None
+    except OSError as e: raise StoreError(f"{self.path}: can't be made ({e.strerror}); does its folder exist, and "
+                                          'may this user write there?') from None
+    self._pid = os.getpid() # last: now any thread may use it
 
-    def _connect(self):
-        cx = apsw.Connection(self.path)
-        cx.set_busy_handler(_patient(self.timeout))
-        if not self.memory: _to_wal(cx)
-        cx.execute(f"PRAGMA synchronous={'FULL' if self.sync else 'NORMAL'}")
-        cx.execute('PRAGMA cache_size=-16000; PRAGMA journal_size_limit=67108864; PRAGMA wal_autocheckpoint=4000')
-        return cx
+@patch
+def _connect(self:SharedFile):
+    cx = apsw.Connection(self.path)
+    cx.set_busy_handler(_patient(self.timeout))
+    if not self.memory: _to_wal(cx)
+    cx.execute(f"PRAGMA synchronous={'FULL' if self.sync else 'NORMAL'}")
+    cx.execute('PRAGMA cache_size=-16000; PRAGMA journal_size_limit=67108864; PRAGMA wal_autocheckpoint=4000')
+    return cx
 
-    def _check(self):
-        "In a forked child, open connections of its own."
-        if self._pid == os.getpid(): return
-        if self.memory: raise StoreError('An in-memory queue lives in the process that made it, and this is a forked '
-                                         'child. Use a file: TaskQueue("tasks.db")')
-        with _opening:
-            if self._pid != os.getpid(): self._open() # else another thread has
+@patch
+def _check(self:SharedFile):
+    "In a forked child, open connections of its own."
+    if self._pid == os.getpid(): return
+    if self.memory: raise StoreError('An in-memory queue lives in the process that made it, and this is a forked '
+                                     'child. Use a file: TaskQueue("tasks.db")')
+    with _opening:
+        if self._pid != os.getpid(): self._open() # else another thread has
 
-    def write(self,
-        verb:Callable,      # Called as `verb(connection, *args)`
-        *args:Any,
-        lazy:bool=False     # May a loss of power undo it? Then nobody waits for the disk
-    ) -> Any: # What `verb` gives
-        "Run `verb` in a writing transaction: all of it is committed, or nothing is."
-        self._check()
-        return self._transact(verb, *args, lazy=lazy)
+# %% ../nbs/api/15_file.ipynb #72e797ad
+@patch
+def _let_go(self:SharedFile):
+    "Close what is held beside the database."
+    for fd in (*self._locks.values(), self._bell):
+        if fd is not None: os.close(fd)
+    for end in self._signals: end.close()
+    self._locks,self._signals,self._bell = {},{},None
 
-    def _transact(self, verb, *args, lazy=False):
-        with self._lock:
-            cx = self._free()
-            try:
-                self._mind(cx, self.sync and not lazy)
-                cx.execute('BEGIN IMMEDIATE')
-                out = verb(cx, *args)
-                cx.execute('COMMIT')
-            except BaseException as e:
-                self.news = False
-                with suppress(apsw.Error):
-                    if cx.in_transaction: cx.execute('ROLLBACK')
-                self._over(False)
-                if isinstance(e, apsw.Error): raise _trouble(self.path, e) from e
-                raise
-            news,self.news = self.news,False
-            self._over(True)
-            if news or self._signals: self._tell(news)
-        return out
+@patch
+def close(self:SharedFile):
+    "Close all that this process has open; locks that it holds are dropped."
+    if self._pid != os.getpid(): return
+    with self._lock, self._rlock:
+        self._let_go()
+        self._rx.close()
+        self._cx.close()
 
-    def _mind(self, cx, disk):
-        "Let commits wait for the `disk`, or not; set only when it changes."
-        if disk==self._minds: return
-        cx.execute(f"PRAGMA synchronous={'FULL' if disk else 'NORMAL'}")
-        self._minds = disk
-
-    def _over(self, committed):
-        calls,self.after = self.after,[]
-        for call in calls:
-            try: call(committed)
-            except Exception: _log.exception('%s: a fault of bgtasks itself, after a commit', self.path)
-
-    def _free(self):
-        "Give the writing connection, unless this thread is in the midst of a transaction already."
-        try: busy = self._cx.in_transaction
+# %% ../nbs/api/15_file.ipynb #6f3277ae
+@patch
+@contextmanager
+def reader(self:SharedFile):
+    "Lend the reading connection; it waits for no writer."
+    self._check()
+    with self._rlock:
+        try: yield self._rx
         except apsw.Error as e: raise _trouble(self.path, e) from e
-        if not busy: return self._cx
-        raise StoreError(f'{self.path}: this call has come in the midst of another one of the same thread, as from a '
-                         'signal handler; let the event loop or another thread make it')
 
-    @contextmanager
-    def reader(self):
-        "Lend the reading connection; it waits for no writer."
-        self._check()
-        with self._rlock:
-            try: yield self._rx
-            except apsw.Error as e: raise _trouble(self.path, e) from e
+@patch
+def read(self:SharedFile,
+    sql:str,        # One query
+    args:tuple=()   # Its values
+) -> list[tuple]:
+    "Give the rows of a query."
+    with self.reader() as cx: return fetch(cx, sql, args)
 
-    def read(self,
-        sql:str,        # One query
-        args:tuple=()   # Its values
-    ) -> list[tuple]:
-        "Give the rows of a query."
-        with self.reader() as cx: return fetch(cx, sql, args)
+# %% ../nbs/api/15_file.ipynb #83b3e12b
+@patch
+def write(self:SharedFile,
+    verb:Callable,      # Called as `verb(connection, *args)`
+    *args:Any,
+    lazy:bool=False     # May a loss of power undo it? Then nobody waits for the disk
+) -> Any: # What `verb` gives
+    "Run `verb` in a writing transaction: all of it is committed, or nothing is."
+    self._check()
+    return self._transact(verb, *args, lazy=lazy)
 
-    def _let_go(self):
-        "Close what is held beside the database."
-        for fd in (*self._locks.values(), self._bell):
-            if fd is not None: os.close(fd)
-        for end in self._signals: end.close()
-        self._locks,self._signals,self._bell = {},{},None
+@patch
+def _transact(self:SharedFile, verb, *args, lazy=False):
+    with self._lock:
+        cx = self._free()
+        try:
+            self._mind(cx, self.sync and not lazy)
+            cx.execute('BEGIN IMMEDIATE')
+            out = verb(cx, *args)
+            cx.execute('COMMIT')
+        except BaseException as e:
+            self.news = False
+            with suppress(apsw.Error):
+                if cx.in_transaction: cx.execute('ROLLBACK')
+            self._over(False)
+            if isinstance(e, apsw.Error): raise _trouble(self.path, e) from e
+            raise
+        news,self.news = self.news,False
+        self._over(True)
+        if news or self._signals: self._tell(news)
+    return out
 
-    def close(self):
-        "Close all that this process has open; locks that it holds are dropped."
-        if self._pid != os.getpid(): return
-        with self._lock, self._rlock:
-            self._let_go()
-            self._rx.close()
-            self._cx.close()
+# %% ../nbs/api/15_file.ipynb #70ad5de4
+@patch
+def _free(self:SharedFile):
+    "Give the writing connection, unless this thread is in the midst of a transaction already."
+    try: busy = self._cx.in_transaction
+    except apsw.Error as e: raise _trouble(self.path, e) from e
+    if not busy: return self._cx
+    raise StoreError(f'{self.path}: this call has come in the midst of another one of the same thread, as from a '
+                     'signal handler; let the event loop or another thread make it')
+
+@patch
+def _mind(self:SharedFile, cx, disk):
+    "Let commits wait for the `disk`, or not; set only when it changes."
+    if disk==self._minds: return
+    cx.execute(f"PRAGMA synchronous={'FULL' if disk else 'NORMAL'}")
+    self._minds = disk
+
+@patch
+def _over(self:SharedFile, committed):
+    calls,self.after = self.after,[]
+    for call in calls:
+        try: call(committed)
+        except Exception: _log.exception('%s: a fault of bgtasks itself, after a commit', self.path)
 
 # %% ../nbs/api/15_file.ipynb #c2626d3e
 @patch
