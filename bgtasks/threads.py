@@ -37,15 +37,21 @@ def from_threads(
     return tell
 
 # %% ../nbs/api/34_threads.ipynb #81106990
+_turns = [] # the program's own interval, and those that are asked for
+
 @contextmanager
 def quick_turns(
     seconds:float=.0003 # That a thread waits at most before it asks the one that runs to let go
 ) -> Iterator[None]: # For a `with` block
     "Have the threads of this process take turns at least so often."
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, seconds))
+    if not _turns: _turns.append(sys.getswitchinterval())
+    _turns.append(seconds)
+    sys.setswitchinterval(min(_turns))
     try: yield
-    finally: sys.setswitchinterval(before)
+    finally:
+        _turns.remove(seconds)
+        sys.setswitchinterval(min(_turns))
+        if len(_turns)==1: _turns.clear()
 
 # %% ../nbs/api/34_threads.ipynb #59deb2c5
 def _as_one_of_anyio(token):
@@ -83,10 +89,10 @@ class Threads:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop,self._token,self._tell = loop,current_token(),from_threads(loop, self._collect)
+        if self._out >= self._n: self._start() # first: what has no thread must not wait for one, for it has failed
         future = loop.create_future()
         self._out += 1
         self._calls.put((future, copy_context(), (_call, func, args, kwargs, _asyncio)))
-        if self._out > self._n: self._start()
         timer = loop.call_later(timeout, _expire, future) if timeout is not None else None
         try: value,error = await future
         finally:
@@ -96,9 +102,9 @@ class Threads:
         return value
 
     def _start(self):
-        self._n += 1
         args = self._calls, self._post, self._token
-        threading.Thread(target=_work, args=args, daemon=True, name=f"bgtasks {self._n}").start()
+        threading.Thread(target=_work, args=args, daemon=True, name=f"bgtasks {self._n+1}").start()
+        self._n += 1
 
     def _post(self, future, out):
         "Called in a thread: put an outcome on the pile."
