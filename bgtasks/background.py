@@ -80,6 +80,7 @@ class BackgroundTask(StarletteTask):
     "Call `func(*args, **kwargs)` after the response has been sent."
     options:Options = _plain # How it is to run, as `using` has set it, to look at
     _options:Options = _plain # The same, out of the way of subclasses with options of their own
+    _job = None # What `current_job()` gives, once somebody has asked
 
     def __init__(self,
         func:Callable,  # The function, `async` or not, passed without calling it
@@ -113,7 +114,7 @@ class BackgroundTask(StarletteTask):
 
     def _as_job(self) -> Job:
         "What `current_job()` gives inside the task."
-        if '_job' not in self.__dict__:
+        if self._job is None:
             self._job = Job(task=task_name(self.func), args=self.args, kwargs=self.kwargs, state=State.running,
                             attempt=1, retries=self._options.retries)
         return self._job
@@ -146,7 +147,9 @@ class BackgroundTask(StarletteTask):
             ours = isinstance(e, (TaskTimeout, ProcessDied)) # all frames are our own: the message says it all
             _log.error('Background task %s failed: %r', task_name(self.func), e, exc_info=not ours)
             raise
-        finally: _run.reset(token)
+        finally:
+            _run.reset(token)
+            if self._job is not None: del self._job # a Job that leads back to itself is never freed
 
 # %% ../nbs/api/30_background.ipynb #dd2b5d27
 def _not_callable(func):
