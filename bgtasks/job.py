@@ -53,9 +53,19 @@ def new_ids(
     stamp,dice = _stamp(now),urlsafe_b64encode(os.urandom(9*n)).decode()
     return [stamp+no+dice[i:i+12] for i,no in zip(range(0, 12*n, 12), map(''.join, product(_ordered, repeat=4)))]
 
+_dice = [] # the random part of ids to come: whoever asks the system lets other threads in, and pays for that
+
+def _throw():
+    dice = urlsafe_b64encode(os.urandom(12*256)).decode()
+    _dice.extend(dice[i:i+16] for i in range(0, len(dice), 16))
+
 def new_id() -> str:
     "Make one id, higher than those of an earlier millisecond."
-    return _stamp()+urlsafe_b64encode(os.urandom(12)).decode()
+    while True:
+        try: return _stamp()+_dice.pop()
+        except IndexError: _throw() # and another thread may take all of them
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_dice.clear) # else its ids would be the parent's
 
 # %% ../nbs/api/00_job.ipynb #d691f768
 def utf8(
