@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import contextmanager, suppress
 from math import inf
 from random import uniform
-from weakref import WeakKeyDictionary
 
 from fastcore.basics import patch
 
@@ -205,21 +204,23 @@ class _Reader:
     "Reads the log for all followers of one event loop."
     def __init__(self, feed):
         self.feed,self.all,self.of,self.task,self.wake = feed,set(),defaultdict(set),None,asyncio.Event()
-        self.asked = {}
+        self.asked,self.loop = {},asyncio.get_running_loop()
 
     def add(self, f):
         if f.jobs is None: self.all.add(f)
         for id in f.jobs or (): self.of[id].add(f)
         if self.task is None:
             self.at = self.feed.store.last_event()
-            self.task = asyncio.get_running_loop().create_task(self.run())
+            self.task = self.loop.create_task(self.run())
 
     def remove(self, f):
         self.all.discard(f)
         for id in f.jobs or ():
             self.of[id].discard(f)
             if not self.of[id]: del self.of[id]
-        if not (self.all or self.of) and self.task: self.task.cancel(); self.task = None
+        if self.all or self.of: return
+        self.feed._readers.pop(self.loop, None) # else the loop would live as long as the feed
+        if self.task: self.task.cancel(); self.task = None
 
     async def told(self, jobs, last):
         "Ask the store once for all who want to know the same at the same time."
@@ -275,7 +276,7 @@ class Feed:
         buffer:int=1000                           # Events that a slow follower may leave waiting in memory
     ):
         self.store,self.do,self.every,self.pace,self.buffer = store,do,every,pace,buffer
-        self._readers = WeakKeyDictionary()
+        self._readers = {} # by event loop
 
     def __repr__(self): return f'Feed({self.store!r})'
 
