@@ -25,6 +25,7 @@ from .errors import BadOption, BgTasksError
 from .job import State
 from .move import move
 from .queue import TaskQueue
+from .signals import _usual
 from .store import Backend
 from .worker import Worker
 
@@ -77,6 +78,7 @@ def _end_with_parent():
 def _serve(place, options):
     "What a worker process does."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _usual[signal.SIGTERM] = lambda *_: None # a second one is the first, handed on; the parent can kill
     Thread(target=_end_with_parent, daemon=True).start()
     _say_more()
     asyncio.run(Worker(find_queue(place), **options).run())
@@ -162,7 +164,7 @@ def worker(place, processes, queues, **options):
     try:
         _refuse(place, queue := find_queue(place))
         Worker(queue, **options) # which checks them
-    except BadOption as e: raise click.ClickException(str(e)) from None
+    except BgTasksError as e: raise click.ClickException(str(e)) from None
     log = logging.getLogger('bgtasks')
     log.info('%s: tasks %s; processes: %d', place, ', '.join(sorted(queue.tasks)), processes)
     if lost := _unknown(queue):

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .attempt import attempt, verdict
 from .deliver import know_deliveries
-from .errors import BadOption, StoreError
+from .errors import BadOption, ProcessDied, StoreError
 from .job import Done, Outcome, State
 from .periodic import Periodic
 from .report import Reports, keep_logs
@@ -118,7 +118,7 @@ def _end(self:Worker, a, out):
     a.room.running -= 1
     a.room.ended += 1
     if a.stopped=='lost': _log.info('Job %s (%s) was stopped, what it gave is dropped', a.job.id, a.job.task)
-    elif out is None or a.stopped and out.error: self._give_back(a.job)
+    elif not out or out.error and (a.stopped or self._ending and type(out.error) is ProcessDied): self._give_back(a.job)
     else: self._done.append(verdict(a.job, a.task, out, self.queue.clock()))
     if a.room.ready: self._fill(a.room)
     if not self._running: self._ask_at = 0 # nothing to do: look again before going to sleep

@@ -33,6 +33,10 @@ def block(seconds:float): time.sleep(seconds)
 def die_once():
     if current_job().crashes==0: os.kill(os.getpid(), signal.SIGKILL)
     return current_job().tries
+@queue.task(name='nap', runner='process')
+def nap(seconds:float):
+    progress(0)
+    time.sleep(seconds)
 @queue.task(name='afar', runner='process')
 def afar(n:int) -> int:
     progress(1, 2, 'afar')
@@ -68,7 +72,7 @@ def folder(tmp_path):
 def queue(folder):
     "The queue as the app has it, in this process: it knows the tasks, and runs none"
     q = TaskQueue(SQLiteStore(folder/'q.db', 'process'))
-    for name in ('add', 'pid', 'wait', 'block', 'die_once', 'afar'): q.task(lambda *args: None, name=name)
+    for name in ('add', 'pid', 'wait', 'block', 'die_once', 'nap', 'afar'): q.task(lambda *args: None, name=name)
     yield q
     q.close()
 
@@ -144,6 +148,16 @@ def test_second_signal_ends_at_once(folder, queue):
         assert c.p.poll() is None
         c.p.send_signal(signal.SIGTERM)
         assert c.p.wait(30)==128+signal.SIGTERM
+
+def test_a_supervisor_that_tells_all_processes_to_stop_lets_jobs_end(folder, queue):
+    "Worker processes get the signal from it and from their parent; the process of a task gets it, too"
+    with Command(folder, '--processes', '2', start_new_session=True) as c:
+        jobs = [*(record(queue, 'wait', 1) for _ in range(4)), record(queue, 'nap', 3600)]
+        until(lambda: all(state(queue, j)=='running' for j in jobs) and queue.get(jobs[-1]).progress)
+        os.killpg(c.p.pid, signal.SIGTERM)
+        said = c.p.communicate(timeout=60)[0]
+    assert c.p.returncode==0 and [state(queue, j) for j in jobs]==['succeeded']*4+['queued'], said
+    assert (queue.get(jobs[-1]).tries, queue.get(jobs[-1]).crashes)==(0, 0)
 
 def test_ctrl_c_lets_jobs_end(folder, queue):
     "A terminal sends it to the command and to its worker processes: these take it for one signal, not for two"
