@@ -338,11 +338,12 @@ def lock(self:SharedFile,
 
 @patch
 def unlock(self:SharedFile,
-    name:str # Of a lock that this process holds
+    name:str,           # Of a lock that this process holds
+    in_order:bool=True  # If not, its file stays, and the holder counts as dead
 ):
     "Drop a lock and remove its file."
     if (fd := self._locks.pop(name, None)) is None: return
-    with suppress(OSError): os.unlink(self._lock_path(name))
+    with suppress(OSError): in_order and os.unlink(self._lock_path(name))
     os.close(fd)
 
 # %% ../nbs/api/15_file.ipynb #62d3145d

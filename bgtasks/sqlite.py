@@ -255,7 +255,8 @@ def join(self:SQLiteStore, worker:str):
 @patch
 def leave(self:SQLiteStore, worker:str):
     "Say that this worker has ended in order; what it still holds is queued again at once."
-    self._write(self._leave, worker)
+    try: self._write(self._leave, worker)
+    except BaseException: self.file.unlock(worker, in_order=False); raise # others take over what it holds
     self.file.unlock(worker)
 
 @patch

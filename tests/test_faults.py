@@ -345,6 +345,17 @@ def test_a_worker_that_leaves_while_a_job_is_recorded_gets_none(path, undone):
     assert store.counts()[State.running]==0 and not store.orders.open and len(given)==(not undone)
     store.close()
 
+@posix
+def test_what_a_worker_holds_that_could_not_take_leave_goes_to_others_at_once(path):
+    store,other = SQLiteStore(path, 'process', timeout=.1),SQLiteStore(path, 'process')
+    store.join('w'); store.add(calls()); claim(store)
+    other.file._cx.execute('BEGIN IMMEDIATE')
+    with pytest.raises(StoreError, match='locked'): store.leave('w')
+    other.file._cx.execute('ROLLBACK')
+    assert [j.state for j in other.sweep()]==[State.queued]
+    store.join('w') # the name is free again
+    store.close(); other.close()
+
 def test_large_payloads_and_results_need_little_more_than_their_room(path):
     code = '''
         import resource
