@@ -230,18 +230,19 @@ async def aresult(self:TaskQueue,
 ) -> Any: # What the function returned, as its return annotation says
     "Wait until a job has ended; give its result, or raise `JobFailed` or `JobCancelled`."
     limit,id = None if timeout is None else seconds(timeout, 'timeout'),_id(job)
+    job = await self._now(id) # though there may be no time to wait
     try:
-        async with asyncio.timeout(limit) as waiting: job = await self._end(id)
+        async with asyncio.timeout(limit) as waiting:
+            while job.state not in _ends:
+                async for _ in self.feed.follow(id): pass
+                job = await self._now(id)
     except TimeoutError:
         if not waiting.expired(): raise
         raise WaitTimeout(f'job {id} has not ended after {limit:g} s; it goes on') from None
     return self._value(job)
 
 @patch
-async def _end(self:TaskQueue, id):
-    while (job := _known(await self.do(self.store.get, id), id)).state not in _ends:
-        async for _ in self.feed.follow(id): pass
-    return job
+async def _now(self:TaskQueue, id): return _known(await self.reads.do(self.store.get, id), id)
 
 # %% ../nbs/api/31_queue.ipynb #cd753766
 @patch
