@@ -6,11 +6,12 @@
 __all__ = ['check_store']
 
 # %% ../nbs/api/38_check.ipynb #bffca8ff
-import os, select, threading
+import os, threading
 from collections.abc import Callable
 
 from msgspec.structs import replace
 
+from .feed import _readable
 from .job import Done, Failure, Progress, State
 from .store import Store
 from .family import promised
@@ -348,13 +349,13 @@ def _(t):
 def _(t):
     if (fd := t.store.wait_fd()) is None: return
     t.one()
-    try: yield select.select([fd], [], [], 5)[0], [fd]
+    try: yield bool(_readable(fd, 5)), True
     finally: os.close(fd)
 
 @_promise('wait_fd: with `news`, what brings no work is not told')
 def _(t):
     if (fd := t.store.wait_fd(news=True)) is None: return
-    def heard(seconds): return bool(select.select([fd], [], [], seconds)[0]) and bool(os.read(fd, 1<<16))
+    def heard(seconds): return bool(_readable(fd, seconds)) and bool(os.read(fd, 1<<16))
     try:
         for bring in (t.one, lambda: t.store.cancel(t.one().id), lambda: t.store.retry(t.store.cancel(t.one().id).id),
                       lambda: t.store.resume('q'), lambda: t.finish(t.claim()[0], state=State.queued)):

@@ -104,6 +104,19 @@ def test_a_lock_that_nobody_releases(path):
     other.execute('ROLLBACK')
     assert len(store.add(calls()))==1 and store.counts()[State.queued]==2
 
+def test_a_job_that_moves_while_jobs_are_counted_is_counted_once(path, monkeypatch):
+    store,other = SQLiteStore(path, 'process'),SQLiteStore(path, 'process')
+    store.add(calls())
+    def read(*args):
+        out = real(*args)
+        if not claim(other): other.leave('w') # due and running by turns
+        return out
+    real = store.file.read
+    monkeypatch.setattr(store.file, 'read', read)
+    assert [sum(store.counts().values()) for _ in range(2)]==[1, 1]
+    assert [store.waiting(), store.waiting()]==[{'t': 1}, {}]
+    store.close(); other.close()
+
 def test_processes_that_make_the_file_at_once(path):
     procs = [python('SQLiteStore(sys.argv[1]).add(calls(3)); print("ok")', path) for _ in range(8)]
     assert [p.communicate(timeout=120)[0] for p in procs]==['ok\n']*8
