@@ -235,6 +235,7 @@ def claimable(
 ) -> Any: # The same
     "Refuse a queue whose jobs our own worker can't claim."
     where = getattr(queue, 'store', None)
+    if where is None: raise BadOption(f'{queue!r} is no queue: give the TaskQueue that has the tasks')
     if not isinstance(where, Backend): return queue
     how = f': {where.worker_command}' if where.worker_command else ''
     raise BadOption(f"{where!r} has workers of its own, which bgtasks doesn't start{how}")
