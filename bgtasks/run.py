@@ -6,7 +6,7 @@
 __all__ = ['current_job', 'run', 'cancelled', 'pack', 'close_pool', 'set_limits']
 
 # %% ../nbs/api/20_run.ipynb #c1fdd6b2
-import multiprocessing.connection, os, pickle, signal, sys, threading, traceback
+import multiprocessing.connection, os, pickle, signal, threading, traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -182,8 +182,11 @@ def _answer(call, job, backend, result, report=None) -> bytes:
         why = f"{task_name(func)} ran, but its result ({type(value).__name__}) can't be sent back: {e}"
     return pickle.dumps(Outcome(error=NotPicklable(why)))
 
+_begun = None # in a process that runs calls: told when one begins
+
 def _there(*call, away=None) -> bytes:
     "Give the answer to `call`; `away`, if there is one, opens the way back for what the task reports meanwhile."
+    _begun.release()
     if away is None: return _answer(*call)
     with away.open() as report: return _answer(*call, report)
 
@@ -191,18 +194,26 @@ def _there(*call, away=None) -> bytes:
 _idle,_pools,_pool_lock = [],set(),threading.Lock() # pools that nobody uses; all pools
 _calls = set() # the calls that wait for an answer, as pebble's futures
 
-_exit_0 = 251 # stands for 0
+class _Spawn(multiprocessing.context.SpawnContext):
+    "Starts the one process of a pool, and knows what pebble may not: has the call `begun`, how did the `process` end?"
+    process = None
+    def __init__(self): self.begun = self.Semaphore(0)
+
+    def Process(self, **kwargs):
+        if self.process: raise OSError('the process of this pool has ended')
+        self.process = super().Process(**kwargs)
+        return self.process
 
 def _orphan_guard():
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
-def _begin_child():
+def _begin_child(begun):
+    global _begun
+    _begun = begun
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.name=='posix': signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT]) # pebble lets it be ignored by now
     threading.Thread(target=_orphan_guard, daemon=True).start()
-    end = os._exit # pebble takes 0 for an end in order, and would never tell
-    os._exit = sys.modules[end.__module__]._exit = lambda code: end(code or _exit_0)
 
 def _start(pool):
     "Start `pool` with Ctrl-C held back: its processes inherit that, and show no traceback while they still import."
@@ -225,7 +236,9 @@ def _once_more():
 def _new_pool():
     if getattr(multiprocessing.current_process(), '_inheriting', False): raise _once_more() # Python would, at length
     from pebble import ProcessPool # takes 30 ms to import: only who needs it pays
-    pool = ProcessPool(1, initializer=_by_import(_begin_child), context=multiprocessing.get_context('spawn'))
+    spawn = _Spawn()
+    pool = ProcessPool(1, initializer=_by_import(_begin_child), initargs=[spawn.begun], context=spawn)
+    pool.spawn = spawn
     _start(pool)
     return pool
 
@@ -246,6 +259,7 @@ def _drop(pool) -> threading.Thread: # Ends when the process has
         with suppress(Exception):
             pool.stop()
             pool.join()
+            pool.spawn.process = None # and its files
     (thread := threading.Thread(target=end, daemon=True)).start()
     return thread
 
@@ -290,8 +304,8 @@ def _died(what, code) -> ProcessDied:
     "Say how the process of `what` ended."
     hints = {signal.SIGKILL: ' (often the kernel, when memory runs out)', signal.SIGSEGV: ' (a fault in C code)'} \
         if os.name=='posix' else {}
-    if code==_exit_0: code = 0
-    if code >= 0: how = f'with exit code {code}'
+    if code is None: how = 'along with its pool' # by `close_pool()`, before we waited for the call
+    elif code >= 0: how = f'with exit code {code}'
     elif -code in set(signal.Signals): how = f'by signal {signal.Signals(-code).name}' + hints.get(-code, '')
     else: how = f'by signal {-code}'
     e = ProcessDied(f'The process that ran {what} was ended {how}. Whatever it had not written down is lost.')
@@ -315,7 +329,9 @@ async def _ask(func, call) -> bytes: # A pickled outcome
     from pebble import ProcessExpired
     while True:
         (pool,new),answered = _take_pool(),False
+        begun = partial(pool.spawn.begun.acquire, block=False)
         try:
+            begun() # that was the call before
             await _finished(future := pool.schedule(*call), pool)
             answer,answered = future.result(),True
             return answer
@@ -323,9 +339,12 @@ async def _ask(func, call) -> bytes: # A pickled outcome
         except ProcessExpired as e: raise _died(task_name(func), e.exitcode) from None
         except CancelledError:
             raise ProcessDied(f'{task_name(func)} was stopped in its process by `close_pool()`') from None
-        except RuntimeError: # the process ended before it had begun
+        except RuntimeError: # the process has ended, and pebble doesn't know of the call there
+            if begun(): raise _died(task_name(func), getattr(pool.spawn.process, 'exitcode', None)) from None
             if new: raise _no_start(func) from None
-        finally: _idle.append(pool) if answered and pool in _pools else _drop(pool)
+        finally:
+            future = None # else its exception would keep it, by this frame
+            _idle.append(pool) if answered and pool in _pools else _drop(pool)
 
 async def _in_process(func, args, kwargs, timeout, result):
     this = _run.get()

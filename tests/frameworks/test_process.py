@@ -5,6 +5,7 @@ from pathlib import Path
 
 import anyio, pytest
 from anyio import to_thread
+from pebble.pool.process import PoolManager
 
 import bgtasks.run, far
 from bgtasks import BackgroundTask, TaskTimeout
@@ -81,9 +82,49 @@ def test_os_exit_tells_the_code(call, code):
     out = call(lambda: ask(os._exit, code))
     assert type(out.error) is ProcessDied and out.error.exitcode==code and f'exit code {code}' in str(out.error)
 
-def test_os_exit_0_is_no_success(call):
-    out = call(lambda: ask(os._exit, 0))
-    assert type(out.error) is ProcessDied and 'exit code 0' in str(out.error)
+@pytest.mark.parametrize('end', ['python', 'c'])
+def test_an_end_with_0_is_no_success(call, tmp_path, end):
+    out = call(lambda: ask(os._exit, 0) if end=='python' else ask(far.die, tmp_path/'ran', 0))
+    assert type(out.error) is ProcessDied and out.error.exitcode==0 and 'exit code 0' in str(out.error)
+
+@pytest.fixture
+def deafen(monkeypatch):
+    "Make pebble deaf, as on a busy machine: it sees a process die before it has heard of the call that began there."
+    listen,deaf,sure = PoolManager.process_next_message,threading.Event(),threading.Event()
+    def hear(self, timeout):
+        if not deaf.is_set(): return listen(self, timeout)
+        sure.set()
+        time.sleep(timeout)
+    monkeypatch.setattr(PoolManager, 'process_next_message', hear)
+    def _deafen(wait):
+        deaf.set()
+        if wait: sure.wait(NET) # else it is still about to hear the next message
+    return _deafen
+
+@pytest.mark.parametrize('used', [False, True])
+@pytest.mark.parametrize('code', [-signal.SIGKILL, 3, 0])
+def test_a_call_that_has_begun_runs_once_and_is_told_how_it_ended_though_pebble_has_not_heard_of_it(
+    call, pool_of, deafen, tmp_path, used, code
+):
+    pool_of(1)
+    async def main():
+        if used: assert (await ask(far.add, 1)).value==1
+        deafen(wait=used)
+        out = await ask(far.die, tmp_path/'ran', code)
+        assert type(out.error) is ProcessDied and out.error.exitcode==code and 'far.die' in str(out.error), out
+    call(main)
+    assert len((tmp_path/'ran').read_text().splitlines())==1
+
+def test_errors_that_are_kept_hold_no_files(call, pool_of):
+    pool_of(1)
+    def files(): return len(os.listdir('/proc/self/fd'))
+    async def main():
+        await ask(far.add, 1)
+        before,kept = files(),[await ask(os._exit, 1) for _ in range(10)]
+        await ask(far.add, 1)
+        while files() > before: await anyio.sleep(0.01)
+        assert all(out.error for out in kept)
+    call(main)
 
 @pytest.mark.parametrize('func, args', [(far.leave, [3]), (far.interrupt, [])])
 def test_what_is_no_exception_is_an_error_of_the_task_and_not_of_the_server(call, func, args):
@@ -220,6 +261,10 @@ def test_a_main_module_without_guard_gets_an_error_that_names_it(tmp_path):
     done = script(tmp_path, MAIN.format(guard=''))
     assert done.returncode==1 and 'ProcessDied' in done.stderr and "if __name__ == '__main__'" in done.stderr
     assert 'TimeoutError' not in done.stderr
+
+def test_a_main_module_that_ends_the_processes_with_0_gets_the_same_error(tmp_path):
+    done = script(tmp_path, "import sys\nif __name__!='__main__': sys.exit()\n" + MAIN.format(guard=''))
+    assert done.returncode==1 and 'ProcessDied' in done.stderr and "if __name__ == '__main__'" in done.stderr
 
 # Timeouts and cancels
 
