@@ -91,7 +91,7 @@ def _start(self:Worker, a):
     self._running[a.key] = a
     a.room.running += 1
     a.room.moved = a.since
-    a.future = self._loop.create_task(self._one(a), context=self._context.copy())
+    a.future = asyncio.Task(self._one(a), loop=self._loop, context=self._context.copy()) # begins later, never in here
 
 @patch
 def _give_back(self:Worker, job):

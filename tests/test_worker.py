@@ -298,6 +298,27 @@ def test_a_worker_ends_once_however_often_it_is_asked(tmp_path, how):
             await worker.stop()
     with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q: asyncio.run(main(q))
 
+def at_once(loop, coro, **kw):
+    "As Python 3.12's `asyncio.eager_task_factory` with an attempt that waits for nothing: it ends before there is a task"
+    if coro.__name__!='_one': return asyncio.Task(coro, loop=loop, **kw)
+    res = loop.create_future()
+    try: kw['context'].run(coro.send, None)
+    except StopIteration as e: res.set_result(e.value)
+    return res
+
+def test_a_loop_whose_tasks_begin_at_once(tmp_path):
+    async def main():
+        asyncio.get_running_loop().set_task_factory(getattr(asyncio, 'eager_task_factory', at_once))
+        with TaskQueue() as q:
+            @q.task(name='t')
+            async def t(n:int) -> int: return n
+            async with Worker(q), asyncio.timeout(30):
+                for _ in range(3):
+                    jobs = t.enqueue_many([(n,) for n in range(10_000)])
+                    assert await q.aresult(jobs[-1])==9_999
+                while q.counts()[State.succeeded] < 30_000: await asyncio.sleep(.01)
+    asyncio.run(main())
+
 def test_what_is_handed_over_without_a_place_is_given_back(tmp_path):
     async def main():
         with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
