@@ -299,7 +299,7 @@ def test_a_worker_ends_once_however_often_it_is_asked(tmp_path, how):
     with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q: asyncio.run(main(q))
 
 def at_once(loop, coro, **kw):
-    "As Python 3.12's `asyncio.eager_task_factory` with an attempt that waits for nothing: it ends before there is a task"
+    "As `asyncio.eager_task_factory` of Python 3.12: an attempt that waits for nothing ends before it is a task"
     if coro.__name__!='_one': return asyncio.Task(coro, loop=loop, **kw)
     res = loop.create_future()
     try: kw['context'].run(coro.send, None)
