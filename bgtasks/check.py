@@ -232,18 +232,6 @@ def _(t):
         t.wait(2)
     yield bool(t.get(a).error and t.get(a).finished_at), True
 
-@_promise('sweep: jobs that lose a worker together a second time are due one by one, the next time the other way round')
-def _(t):
-    jobs,orders = t.add(3),[]
-    for n in range(3):
-        yield _ids(t.claim()), _ids(jobs)
-        t.wait(31); t.store.sweep()
-        orders.append([t.get(j).run_at for j in jobs])
-        t.wait(31)
-    at_once,there,back = orders
-    yield len(set(at_once)), 1
-    yield (there==sorted(set(there)), back==sorted(set(back))[::-1], max(back)-min(back) < 2), (True, True, True)
-
 @_promise('join, leave: what a worker holds when it leaves is queued again at once, and the attempt does not count')
 def _(t):
     t.store.join('w')

@@ -17,6 +17,7 @@ from weakref import WeakSet
 import apsw
 from fastcore.basics import patch
 
+from .begun import Begun, read_begun
 from .errors import StoreError
 
 try: import fcntl
@@ -323,16 +324,19 @@ def _seize(self:SharedFile, name, make=0):
 @patch
 def lock(self:SharedFile,
     name:str # Different from all others on this file
-):
+) -> Begun: # Where its holder notes what has begun; if the disk is full, only others can't read it
     "Hold the lock `name` until this process ends, or `unlock`."
     self._check()
-    if self.memory or fcntl is None: return
+    if self.memory or fcntl is None: return Begun()
     try:
         os.makedirs(f'{self.path}-workers', mode=0o700, exist_ok=True)
         for n in range(20): # others hold it for a moment, to see whether it is free
             if n: time.sleep(.005)
             with self._lock: # a fork waits for this, so no child holds it too
-                if (fd := self._seize(name, os.O_CREAT)) is not None: self._locks[name] = fd; return
+                if (fd := self._seize(name, os.O_CREAT)) is None: continue
+                self._locks[name] = fd
+                try: return Begun(self._lock_path(name))
+                except OSError: return Begun()
     except OSError as e: raise StoreError(f"{e.filename}: can't be made for worker {name!r} ({e.strerror})") from None
     raise StoreError(f'a worker named {name!r} is at work on {self.path} already; give each its own name')
 
@@ -356,6 +360,13 @@ def is_dead(self:SharedFile,
     with self._lock, suppress(OSError):
         if (fd := self._seize(name)) is not None: os.close(fd); return True
     return False
+
+@patch
+def begun(self:SharedFile,
+    names:Collection[str] # Of locks
+) -> dict[str, tuple|None]: # For each what `read_begun` gives
+    "Read which jobs had begun under these locks, and which may have ended the process."
+    return {n: None if self.memory else read_begun(self._lock_path(n)) for n in names}
 
 @patch
 def clear(self:SharedFile,

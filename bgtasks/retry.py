@@ -7,11 +7,8 @@ __all__ = ['Backoff', 'failure', 'settle', 'after_crash']
 
 # %% ../nbs/api/10_retry.ipynb #56274bd8
 import random, traceback
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import count
-from math import ceil
 from pathlib import Path
 
 from .errors import BadOption, BgTasksError, Cancel, Retry, Unusable
@@ -108,17 +105,16 @@ def _why_lost(worker, attempt, crashes, ended, over) -> Failure:
 def after_crash(
     lost:Iterable[tuple[str, int, int, int]], # Attempts: name of the worker, job, attempt, crashes before this one
     ended:Collection[str]=(), # Workers whose process has ended; the others did not renew their lease
-    max_crashes:int=3,        # With more than this a job is dead
-    now:float=0.0             # Seconds since 1970
-) -> list[Done]: # What to write down
-    "Tell what follows for attempts whose worker vanished: another attempt, now or soon, or the end."
-    lost = sorted(lost, key=lambda o: o[1] if o[3]%2 else -o[1])
-    done,place,many = [],defaultdict(count),Counter((worker, crashes) for worker,_,_,crashes in lost)
+    begun:Mapping[str, tuple|None]={}, # For each worker the jobs that had begun, and those under suspicion; `None`: all
+    max_crashes:int=3         # With more than this a job is dead
+) -> tuple[list[Done], set[int]]: # What to write down; the jobs for which it is a crash
+    "Tell what follows for attempts whose worker vanished: another attempt, or the end."
+    done,blamed = [],set()
     for worker,seq,attempt,crashes in lost:
-        n,over,wait = many[worker, crashes],crashes >= max_crashes,0
-        size = ceil(n/50) if crashes < max_crashes-1 else 1
-        if crashes and n > 1: wait = 1+.2*(next(place[worker, crashes])//size)
-        error = _why_lost(worker, attempt, crashes+1, worker in ended, over)
-        done.append(Done(seq=seq, attempt=attempt, state=State.dead if over else State.queued, counts=False,
-                         run_at=None if over else now+wait, error=error))
-    return done
+        ran,suspects = begun.get(worker) or ([seq], [seq])
+        if seq in suspects: crashes += 1; blamed.add(seq)
+        over = seq in suspects and crashes > max_crashes
+        error = _why_lost(worker, attempt, crashes, worker in ended, over) if seq in ran else None
+        state = State.dead if over else State.queued
+        done.append(Done(seq=seq, attempt=attempt, state=state, counts=False, error=error))
+    return done,blamed

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from msgspec import json
 
+from .begun import Begun
 from .errors import BadOption, StoreError
 from .file import SharedFile, boot_id, fetch
 from .job import Call, Done, Event, Job, Progress, State
@@ -44,8 +45,7 @@ class SQLiteStore:
 
     def _set_up(self, cx):
         up_to_date(cx, boot_id())
-        self.lanes,self.seen = Lanes(),Lanes() # what this process knows, its writer and its reader
-        self.orders = Orders() # what its own workers want, not a parent's
+        self.lanes,self.seen,self.orders = Lanes(),Lanes(),Orders() # its writer's, its reader's, its workers'
 
     @property
     def path(self) -> str:
@@ -245,10 +245,10 @@ def gone(self:SQLiteStore, jobs:Iterable[tuple[int, int]]) -> list[tuple[int, in
     return [p for p in jobs if p not in running]
 
 @patch
-def join(self:SQLiteStore, worker:str):
+def join(self:SQLiteStore, worker:str) -> Begun:
     "Say that this worker lives in this process."
     self.file.tidy(lambda: {w for w, in self.file.read('SELECT worker FROM jobs WHERE st=2')})
-    self.file.lock(worker)
+    return self.file.lock(worker)
 
 @patch
 def leave(self:SQLiteStore, worker:str):
@@ -265,15 +265,15 @@ def _leave(self:SQLiteStore, cx, worker):
 
 # %% ../nbs/api/21_sqlite.ipynb #231d7ab0
 _running = """SELECT ifnull(worker,'?'), ifnull(CAST(until AS REAL),0), id, seq, CAST(attempt AS INTEGER),
-CAST(crashes AS INTEGER) FROM jobs WHERE st=2""" # numbers, though a row may be damaged
+CAST(crashes AS INTEGER) FROM jobs WHERE st=2 ORDER BY seq""" # numbers, though a row may be damaged
 
 @patch
 def _sweep(self:SQLiteStore, cx, dead, max_crashes):
     dead = {w for w in dead if self.file.is_dead(w)} # another may have started under its name meanwhile
     rows = [r for r in fetch(cx, _running) if r[0] in dead or r[1] <= self.ticks()]
-    done = after_crash([(w, *o) for w,_,_,*o in rows], dead, max_crashes, self.clock())
-    sql = 'UPDATE jobs SET crashes=crashes+1, lost=lost+?, attempt=? WHERE seq=?'
-    cx.executemany(sql, [(d.state is State.dead, d.attempt, d.seq) for d in done]) # else `_finish` counts `lost`
+    done,blamed = after_crash([(w, *o) for w,_,_,*o in rows], dead, self.file.begun({r[0] for r in rows}), max_crashes)
+    sql = 'UPDATE jobs SET crashes=crashes+?, lost=lost+?, attempt=? WHERE seq=?' # `_finish` counts other `lost`
+    cx.executemany(sql, [(d.seq in blamed, d.state is State.dead, d.attempt, d.seq) for d in done])
     self._finish(cx, done)
     return self._jobs(cx, [r[2] for r in rows])
 

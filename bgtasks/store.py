@@ -9,6 +9,7 @@ __all__ = ['features', 'Store', 'supports', 'Backend', 'claimable']
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
+from .begun import Begun
 from .errors import BadOption, Unsupported
 from .job import Call, Done, Event, Job, Progress, State
 
@@ -59,15 +60,15 @@ class Store(Protocol):
     def sweep(self, max_crashes:int=3) -> list[Job]:
         """Take back what vanished workers held: leases that ran out, and workers of this machine that are dead.
         Those jobs are queued again and their attempt counts as a crash, not as a try; with more than
-        `max_crashes` crashes a job is dead instead. They are due at once, but several that have lost one worker
-        together, for a second time or more, are due soon, one after the other (of many, some together at first), each
-        time in the opposite order, so that the one to blame and the others part. Gives the jobs, as they are now."""
+        `max_crashes` crashes a job is dead instead. A job that had not begun, as the worker has noted, doesn't count a
+        crash. Gives the jobs, as they are now."""
     def next_due(self, tasks:Collection[str], queues:Collection[str]|None=None) -> float|None:
         """Seconds from now until `claim` with these may give something: 0 or less if it would now, `None` if nothing
         waits. What is blocked, by a paused queue or by a job that it is to run after, doesn't wait for a time and
         doesn't count."""
-    def join(self, worker:str) -> None:
-        "Say that `worker` lives in this process; `sweep` of any process can tell when it no longer does."
+    def join(self, worker:str) -> Begun:
+        """Say that `worker` lives in this process; `sweep` of any process can tell when it no longer does. The worker
+        notes there which attempts have begun."""
     def leave(self, worker:str) -> None:
         "Say that `worker` ended in order. What it still holds is queued again at once, and the attempts don't count."
 

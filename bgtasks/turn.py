@@ -6,6 +6,7 @@
 __all__ = ['check_numbers', 'queue_names', 'Room', 'Running', 'Turn', 'unwritable']
 
 # %% ../nbs/api/36_turn.ipynb #320eaf34
+import logging
 from collections import deque
 from collections.abc import Collection, Sequence
 from time import monotonic
@@ -62,6 +63,21 @@ class Room:
         overtake = self.ready and jobs and jobs[0].priority > self.ready[-1].priority
         self.ready.extend(jobs)
         if overtake: self.ready = deque(sorted(self.ready, key=lambda j: -j.priority))
+
+    def trust(self) -> int:
+        "Tell how little the first in the line is suspected: rooms begin with the least, which may need a quiet moment."
+        return -self.ready[0].crashes if self.ready else 0
+
+    def let_go(self,
+        now:float,   # Seconds, as of `moved`
+        clock:float, # Seconds since 1970
+        ending:bool  # Is nothing to begin any more?
+    ) -> list[Job]: # To be given back
+        "Empty the line, if the jobs before it turn out to take long, or others overtake it for a second."
+        if not self.ready: return []
+        if not (ending or now-self.moved > .1 or clock > self.ready[-1].started_at+1): return []
+        jobs,self.ready,self.rate = list(self.ready),deque(),0.0
+        return jobs
 
     def measure(self,
         seconds:float # Since the last time
@@ -147,6 +163,26 @@ class Turn:
     def _keep_house(self, store):
         if self.max_crashes is not None: self.swept = store.sweep(self.max_crashes); mend(store)
         if self.prune: self.pruned = store.prune(self.prune)
+
+# %% ../nbs/api/36_turn.ipynb #b2488e14
+_log = logging.getLogger('bgtasks')
+
+@patch
+def over(self:Turn) -> list[tuple[int, int]]: # As (job, attempt)
+    "Tell which attempts are over."
+    written = [(d.seq, d.attempt) for d in self.done]
+    if self.left: written = set(written).difference((d.seq, d.attempt) for d in self.left)
+    return [*written, *map(tuple, self.lost)]
+
+@patch
+def tell(self:Turn):
+    "Log what came too late, and what became of the jobs of vanished workers."
+    for d in self.late: _log.warning('Job no. %d: attempt %d came too late, its result is dropped', d.seq, d.attempt)
+    dead = [j for j in self.swept if j.state is State.dead]
+    for j in dead: _log.error('Job %s (%s) is dead: %s', j.id, j.task, j.error)
+    names = sorted({str(j.worker) for j in self.swept})
+    if names: _log.warning('Lost worker%s %s: %d of %d jobs are queued again', 's'*(len(names)>1), ', '.join(names),
+                           len(self.swept)-len(dead), len(self.swept))
 
 # %% ../nbs/api/36_turn.ipynb #99980e17
 def unwritable(

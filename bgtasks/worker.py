@@ -17,6 +17,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from .attempt import attempt, verdict
+from .begun import Begun, Gate
 from .deliver import know_deliveries
 from .errors import BadOption, ProcessDied, StoreError
 from .job import Done, Outcome, State
@@ -68,7 +69,7 @@ def _reset(self:Worker):
     self._loop,self._context,self._threads = asyncio.get_running_loop(),copy_context(),Threads()
     self._rooms = {k: Room(self._threads if k=='thread' else k, n) for k,n in self.limits.items()}
     self._tasks,self._running,self._done = None,{},[] # tasks in rooms; attempts by (seq, attempt); verdicts to write
-    self._reports = Reports(from_threads(self._loop, self._reported))
+    self._reports,self._gate = Reports(from_threads(self._loop, self._reported)),Gate(Begun(), self.max_crashes)
     self._stir,self._told,self._empty = asyncio.Event(),asyncio.Event(),asyncio.Event()
     self._ending,self._closed,self._trouble,self._turn = None,False,0,None
     self._sign = self._seen = self._reporting = False # has somebody brought work, cancelled some, reported?
@@ -81,14 +82,16 @@ def _reset(self:Worker):
 def _fill(self:Worker, room):
     "Start what waits in `room`, as far as it has free places."
     while room.ready and room.running < room.limit and not self._ending:
-        job = room.ready.popleft()
-        task,over = self.queue.tasks.get(job.task),monotonic() >= self._renew_at+self.lease*2/3
-        if task is None or over: self._give_back(job)
+        now,job = monotonic(),room.ready[0]
+        if (job.crashes or self._gate.until) and not self._gate.lets(job.crashes, now): break
+        task = self.queue.tasks.get(room.ready.popleft().task)
+        if task is None or now >= self._renew_at+self.lease*2/3: self._give_back(job)
         else: self._start(Running(job, task, room))
 
 @patch
 def _start(self:Worker, a):
     self._running[a.key] = a
+    self._gate.begin(a.key, a.job.crashes, a.since)
     a.room.running += 1
     a.room.moved = a.since
     a.future = asyncio.Task(self._one(a), loop=self._loop, context=self._context.copy()) # begins later, never in here
@@ -169,22 +172,17 @@ def _sort_tasks(self:Worker):
 
 @patch
 def _hand_over(self:Worker, now):
-    "Give back what was claimed ahead, if the jobs before it turn out to take long, or others overtake it for a second."
     for room in self._rooms.values():
-        if not room.ready: continue
-        if self._ending or now-room.moved > .1 or self.queue.clock() > room.ready[-1].started_at+1:
-            for job in room.ready: self._give_back(job)
-            room.ready.clear()
-            room.rate = 0
+        for job in room.let_go(now, self.queue.clock(), self._ending): self._give_back(job)
 
 # %% ../nbs/api/40_worker.ipynb #9804fe47
 @patch
 def _digest(self:Worker, turn):
     "Deal with what came of a turn."
     now = monotonic()
-    for d in turn.late: _log.warning('Job no. %d: attempt %d came too late, its result is dropped', d.seq, d.attempt)
+    turn.tell()
     for key in turn.lost: self._stop_attempt(tuple(key), 'lost')
-    for j in turn.swept: _log.warning('Job %s (%s) has lost its worker %s; it is %s', j.id, j.task, j.worker, j.state)
+    self._gate.begun.strike(turn.over())
     self._take_in(turn.jobs, now)
     for room in self._rooms.values(): room.measure(max(now-self._turned_at, 1e-4))
     self._turned_at = now
@@ -199,7 +197,8 @@ def _take_in(self:Worker, jobs, now):
     for room,some in jobs:
         room.line_up(some)
         if some: room.moved = now
-        self._fill(room)
+    self._gate.opens(now)
+    for room in sorted(self._rooms.values(), key=Room.trust): self._fill(room)
 
 @patch
 def _bear(self:Worker, turn, now):
@@ -263,6 +262,7 @@ def _rest_time(self:Worker, now) -> float:
     "Seconds until there is something to do."
     at = [self._chores_at, self._prune_at, self._renew_at]
     if self._done: at.append(0)
+    if self._gate.until: at.append(self._gate.until)
     if self._reporting: at.append(self._report_at)
     if self._seen and self._running: at.append(self._watched_at+.25)
     for room in self._rooms.values():
@@ -321,7 +321,7 @@ async def start(self:Worker):
     first = Turn(self.name, self.lease)
     first.max_crashes = self.max_crashes # before the name is ours: who had it last may have been killed
     self._digest(await self.queue.do(first.take, self.queue.store))
-    await self.queue.do(self.queue.store.join, self.name)
+    self._gate.begun = await self.queue.do(self.queue.store.join, self.name)
     self._wake = from_threads(self._loop, self._added)
     self._listen()
     if self._fd is None: self.queue.wakers.add(self._wake) # a bell tells of this process, too

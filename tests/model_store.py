@@ -2,6 +2,7 @@
 from msgspec import json
 from msgspec.structs import replace
 
+from bgtasks.begun import Begun
 from bgtasks.job import Event, Failure, Job, State, deliveries
 
 ENDS = {State.succeeded, State.dead, State.cancelled}
@@ -132,18 +133,15 @@ class ModelStore:
             if row := self._of(s): self._note(row, 'log', dict(level=level, text=text), a)
 
     def sweep(self, max_crashes=3):
-        gone,place = [r for r in self.rows.values() if r.state is State.running and r.until <= self.mono()],{}
-        with_it = [(r.worker, r.crashes) for r in gone]
-        for r in sorted(gone, key=lambda r: r.seq if r.crashes%2 else -r.seq):
-            error,wait = Failure('WorkerLost', f'worker {r.worker} vanished'),0
-            key = r.worker,r.crashes
-            if r.crashes and with_it.count(key) > 1: wait,place[key] = 1+.2*place.get(key, 0),place.get(key, 0)+1
+        gone = [r for r in self.rows.values() if r.state is State.running and r.until <= self.mono()]
+        for r in gone:
+            error = Failure('WorkerLost', f'worker {r.worker} vanished')
             r.set(crashes=r.crashes+1, lost=r.lost+1)
             if r.crashes > max_crashes: self._end(r, State.dead, error=error)
-            else: self._queue(r, run_at=self.clock()+wait, error=error)
+            else: self._queue(r, run_at=self.clock(), error=error)
         return [r.job for r in gone]
 
-    def join(self, worker): pass
+    def join(self, worker): return Begun()
     def leave(self, worker):
         for r in self.rows.values():
             if r.state is State.running and r.worker==worker: self._queue(r, run_at=self.clock(), lost=r.lost+1)

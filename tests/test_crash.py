@@ -163,3 +163,22 @@ def test_a_job_that_kills_its_worker_each_time_is_dead(crew):
     assert p.wait(30)==0
     assert [what for what,*_ in lines(crew.folder/'ran')].count('start')==4
     queue.close()
+
+def test_the_innocent_outlive_the_guilty(crew):
+    "Three that kill each of their workers, among hundreds that run beside them or wait behind them"
+    queue = TaskQueue(SQLiteStore(crew.folder/'q.db', 'process'))
+    wait,deadly = queue.task(name='wait')(lambda ms: None),queue.task(name='deadly')(lambda: None)
+    good,bad = [],[]
+    for _ in range(3): good += wait.enqueue_many([(2,)]*100); bad.append(deadly.enqueue())
+    good += wait.enqueue_many([(2,)]*100) + [wait.enqueue(3000)] # the last has run for long whenever a worker goes
+    workers = [crew.start('work', 2) for _ in range(2)]
+    def over():
+        for p in list(workers):
+            if p.poll() is None: continue
+            assert p.returncode==-signal.SIGKILL, crew.said()
+            workers.remove(p); crew.procs.remove(p); workers.append(crew.start('work', 2))
+        return not any(queue.counts()[s] for s in ('queued', 'running'))
+    until(crew, over)
+    assert {j.state for j in good for j in [queue.get(j)]}=={'succeeded'}
+    assert [(j.state, j.crashes) for j in map(queue.get, bad)]==[('dead', 3)]*3
+    queue.close()
