@@ -16,7 +16,7 @@ import asyncio, importlib, logging, multiprocessing, os, signal, sys, time
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 import click
@@ -75,15 +75,22 @@ def _end_with_parent():
     wait([multiprocessing.parent_process().sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
 
+def _end():
+    logging.shutdown()
+    os._exit(0) # a thread that hangs must not keep the process
+
+async def _work(worker):
+    await worker.run()
+    Timer(1, _end).start() # the loop would wait for what hangs in its own threads, such as those of `asyncio.to_thread`
+
 def _serve(place, options):
     "What a worker process does."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _usual[signal.SIGTERM] = lambda *_: None # a second one is the first, handed on; the parent can kill
     Thread(target=_end_with_parent, daemon=True).start()
     _say_more()
-    asyncio.run(Worker(find_queue(place), **options).run())
-    logging.shutdown()
-    os._exit(0) # a thread that hangs must not keep the process
+    asyncio.run(_work(Worker(find_queue(place), **options)))
+    _end()
 
 # %% ../nbs/api/55_command.ipynb #187bf9ce
 class Herd:

@@ -29,6 +29,10 @@ def pid() -> int: return os.getpid()
 async def wait(seconds:float): await asyncio.sleep(seconds)
 @queue.task(name='block')
 def block(seconds:float): time.sleep(seconds)
+@queue.task(name='hang')
+async def hang():
+    progress(0)
+    await asyncio.to_thread(time.sleep, 3600)
 @queue.task(name='die_once')
 def die_once():
     if current_job().crashes==0: os.kill(os.getpid(), signal.SIGKILL)
@@ -72,7 +76,8 @@ def folder(tmp_path):
 def queue(folder):
     "The queue as the app has it, in this process: it knows the tasks, and runs none"
     q = TaskQueue(SQLiteStore(folder/'q.db', 'process'))
-    for name in ('add', 'pid', 'wait', 'block', 'die_once', 'nap', 'afar'): q.task(lambda *args: None, name=name)
+    for name in ('add', 'pid', 'wait', 'block', 'die_once', 'hang', 'nap', 'afar'):
+        q.task(lambda *args: None, name=name)
     yield q
     q.close()
 
@@ -120,6 +125,13 @@ def test_sigterm_gives_back_what_does_not_end_in_time(folder, queue):
         said = c.stop()
     assert [state(queue, j) for j in jobs]==['queued', 'queued'], said
     assert [queue.get(j).tries for j in jobs]==[0, 0]
+
+def test_what_hangs_in_a_thread_of_the_loop_keeps_no_process(folder, queue):
+    with Command(folder, '--grace', '0.2') as c:
+        job = record(queue, 'hang')
+        until(lambda: queue.get(job).progress)
+        said = c.stop()
+    assert c.p.returncode==0 and state(queue, job)=='queued', said
 
 def test_killed_process_is_replaced_and_its_job_runs_again(folder, queue):
     with Command(folder) as c:
