@@ -4,10 +4,10 @@
     python benchmarks/durable_queue.py enqueue latency      # some sections: see SECTIONS at the end
     python benchmarks/durable_queue.py --scale 0.1 --json figures.json --folder /mnt/disk
 
-Figures of a loaded machine wander, so each is the median of rounds that take turns with *bare apsw*, written by hand with
-nothing around it. The ratio between the two is what counts. What is promised is a ratio to "the same writes": the very
-rows that a job and its events are. Beside it stands a harder one, "to plain rows": one short row for each job. For the
-start of a job that is the least possible: one such row, and one hop to the event loop."""
+Figures of a loaded machine wander, so each is the median of rounds that take turns with *bare apsw*, written by hand
+with nothing around it. The ratio between the two is what counts. What is promised is a ratio to "the same writes": the
+very rows that a job and its events are. Beside it stands a harder one, "to plain rows": one short row for each job. For
+the start of a job that is the least possible: one such row, and one hop to the event loop."""
 import argparse, asyncio, json, os, platform, resource, subprocess, sys, tempfile, threading, time
 from itertools import count
 from pathlib import Path
@@ -149,7 +149,8 @@ def aenqueue():
     async def together(): await asyncio.gather(*[task.aenqueue(1) for _ in range(n)])
     one,both,mine = in_turns(lambda: rate(n, bare_one_by_one, cx, n), lambda: rate(n, same_writes, cx2, n),
                              lambda: rate(n, asyncio.run, together()))
-    yield row('aenqueue, 1,000 callers at once, power', mine, 'jobs/s', ratio=mine/one, ratio_at_least=5, same=mine/both)
+    yield row('aenqueue, 1,000 callers at once, power', mine, 'jobs/s', ratio=mine/one, ratio_at_least=5,
+              same=mine/both)
 
 def enqueue_many():
     n = n_of(100_000)
