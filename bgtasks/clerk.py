@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from anyio import to_thread
@@ -78,6 +78,8 @@ def _serve(store, inbox):
         items = by_loop = answers = future = value = error = None # while it waits, the thread keeps nothing alive
 
 # %% ../nbs/api/24_clerk.ipynb #a10b6d6a
+_clerks = weakref.WeakSet()
+
 class Clerk:
     "Runs the verbs of `store` for coroutines."
     def __init__(self,
@@ -85,12 +87,15 @@ class Clerk:
     ):
         self.store,self._inbox,self._pid,self._thread,self._lock = store,None,None,None,threading.Lock()
         self._closed = False
+        _clerks.add(self)
 
     def __repr__(self): return f'Clerk({self.store!r})'
 
+    def _gone(self): return StoreError(f'{self.store!r} has been closed; make a new one to go on')
+
     def _start(self):
         with self._lock:
-            if self._closed: raise StoreError(f'{self.store!r} has been closed; make a new one to go on')
+            if self._closed: raise self._gone()
             if self._pid == os.getpid(): return
             self._inbox = SimpleQueue()
             self._thread = threading.Thread(None, _serve, 'bgtasks-store', (self.store, self._inbox), daemon=True)
@@ -102,7 +107,17 @@ class Clerk:
         if self._pid != os.getpid(): self._start()
         future = loop.create_future()
         self._inbox.put((loop, future, what))
+        if self._closed: self._refuse()
         return future
+
+    def _refuse(self):
+        "Refuse what has come in behind the end."
+        self._thread.join()
+        error = self._gone()
+        with suppress(Empty):
+            while True:
+                if (item := self._inbox.get_nowait()) is None: continue # the end, said twice
+                with suppress(RuntimeError): item[0].call_soon_threadsafe(_answer, [(item[1], None, error)])
 
     def do(self,
         verb:Callable, # A verb of the store, or another function that may have to wait for it
@@ -130,3 +145,9 @@ class Clerk:
             if not ours: return
             self._inbox.put(None)
             if self._thread is not threading.current_thread(): self._thread.join()
+
+def _forked():
+    "A forked child doesn't wait for a lock that a thread of its parent held."
+    for clerk in tuple(_clerks): clerk._lock = threading.Lock()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forked)
