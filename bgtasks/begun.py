@@ -106,6 +106,6 @@ class Gate:
         "Open again, if the time is over or there is nothing to wait for any more."
         waits = self.alone in self.begun if self.alone else len(self.begun)
         if not self.until or now < self.until and waits: return False
-        if self.alone: self.begun.acquit(self.alone)
+        if self.alone: self.begun.acquit(self.alone); self.last = 0.0 # all others have had their time
         self.until,self.alone = 0.0,None
         return True
