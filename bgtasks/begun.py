@@ -9,6 +9,7 @@ __all__ = ['Begun', 'read_begun', 'Gate']
 import mmap
 from array import array
 from collections.abc import Iterable
+from math import inf
 
 # %% ../nbs/api/05_begun.ipynb #f49e4e62
 _cells = 2**14
@@ -20,6 +21,7 @@ class Begun:
     ):
         self._cell_of,self._free = {},list(range(_cells-1, 0, -1))
         self._cells = memoryview(bytearray(8*_cells) if path is None else _mapped(path)).cast('q')
+        self._cells[0] = 1
 
     def __repr__(self): return f'Begun({len(self)})'
     def __len__(self): return len(self._cell_of)
@@ -64,7 +66,7 @@ def read_begun(
         with open(path, 'rb') as f: more,*cells = array('q', f.read(8*_cells))
     except (OSError, ValueError): return None # it isn't there, or it is empty or torn
     begun = {abs(n) for n in cells if n}
-    return (begun, {-n for n in cells if n < 0} or begun) if begun and not more else None
+    return (begun, {-n for n in cells if n < 0} or begun) if more==1 else None
 
 # %% ../nbs/api/05_begun.ipynb #65ab08a5
 _quiet = .05 # seconds
@@ -77,6 +79,7 @@ class Gate:
     ):
         self.begun,self.crashes = begun,max(1, min(2, max_crashes)) # who has lost so many workers is suspected
         self.last,self.until,self.alone = 0.0,0.0,None # the last start; when it opens again; the attempt that is alone
+        self.rest = 0.0 # until then those who are not suspected come first
 
     def __repr__(self): return f'Gate({"shut" if self.until else "open"}, {self.begun})'
 
@@ -86,7 +89,9 @@ class Gate:
     ) -> bool:
         "Tell whether an attempt may begin; if it has to wait for a quiet moment, so have all."
         if self.until: return False
-        if crashes < self.crashes or not len(self.begun) or now >= self.last+_quiet: return True
+        if crashes < self.crashes: return True
+        if now < self.rest: return False
+        if not len(self.begun) or now >= self.last+_quiet: return True
         self.until = self.last+_quiet
         return False
 
@@ -106,6 +111,14 @@ class Gate:
         "Open again, if the time is over or there is nothing to wait for any more."
         waits = self.alone in self.begun if self.alone else len(self.begun)
         if not self.until or now < self.until and waits: return False
-        if self.alone: self.begun.acquit(self.alone); self.last = 0.0 # all others have had their time
+        if self.alone:
+            self.begun.acquit(self.alone)
+            self.rest,self.last = now+min(now-self.last, _quiet),0.0 # all others have had their time
         self.until,self.alone = 0.0,None
         return True
+
+    def wakes(self,
+        now:float # Seconds
+    ) -> float: # Seconds, as `now`; infinite if nothing changes by itself
+        "Tell when it may let more begin than now."
+        return self.until or (self.rest if self.rest > now else inf)

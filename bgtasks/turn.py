@@ -64,6 +64,17 @@ class Room:
         self.ready.extend(jobs)
         if overtake: self.ready = deque(sorted(self.ready, key=lambda j: -j.priority))
 
+    def next(self,
+        gate:Any,  # A `Gate`
+        now:float  # Seconds
+    ) -> Job|None: # Which may begin now; `None`: not one
+        "Take the first in the line, or of those whom the gate lets begin."
+        if not (gate.until or self.ready[0].crashes): return self.ready.popleft()
+        for n,job in enumerate(self.ready):
+            if gate.lets(job.crashes, now): del self.ready[n]; return job
+            self.moved = now # it is not for those before them that they wait
+            if gate.until: return None
+
     def trust(self) -> int:
         "Tell how little the first in the line is suspected: rooms begin with the least, which may need a quiet moment."
         return -self.ready[0].crashes if self.ready else 0

@@ -82,9 +82,9 @@ def _reset(self:Worker):
 def _fill(self:Worker, room):
     "Start what waits in `room`, as far as it has free places."
     while room.ready and room.running < room.limit and not self._ending:
-        now,job = monotonic(),room.ready[0]
-        if (job.crashes or self._gate.until) and not self._gate.lets(job.crashes, now): break
-        task = self.queue.tasks.get(room.ready.popleft().task)
+        now = monotonic()
+        if (job := room.next(self._gate, now)) is None: break
+        task = self.queue.tasks.get(job.task)
         if task is None or now >= self._renew_at+self.lease*2/3: self._give_back(job)
         else: self._start(Running(job, task, room))
 
@@ -260,9 +260,8 @@ def _reported(self:Worker):
 @patch
 def _rest_time(self:Worker, now) -> float:
     "Seconds until there is something to do."
-    at = [self._chores_at, self._prune_at, self._renew_at]
+    at = [self._chores_at, self._prune_at, self._renew_at, self._gate.wakes(now)]
     if self._done: at.append(0)
-    if self._gate.until: at.append(self._gate.until)
     if self._reporting: at.append(self._report_at)
     if self._seen and self._running: at.append(self._watched_at+.25)
     for room in self._rooms.values():

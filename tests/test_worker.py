@@ -372,6 +372,36 @@ def test_what_was_claimed_ahead_is_not_started_when_others_may_have_it(tmp_path)
     asyncio.run(main())
     assert not set(ran[after[0]:]) & set(taken) and queue.counts()[State.running]==0
 
+def test_many_that_lost_workers_leave_room_for_others(tmp_path):
+    "Each of them begins alone; between two of them others do, whether they run elsewhere or stand behind them"
+    async def main():
+        q,begun = TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')),[]
+        @q.task
+        async def crashed(): begun.append(1); await asyncio.sleep(3600)
+        @q.task
+        async def beside(): return len(begun)
+        @q.task
+        def elsewhere(): return len(begun)
+        crashed.enqueue_many([()]*60)
+        q.store.file.write(lambda cx: cx.execute('UPDATE jobs SET crashes=2'))
+        async with Worker(q, grace=0):
+            while not begun: await asyncio.sleep(.01)
+            jobs = beside.enqueue(),elsewhere.enqueue()
+            assert max([await q.aresult(j, 60) for j in jobs]) < 60
+        q.close()
+    asyncio.run(main())
+
+def test_what_was_claimed_when_nothing_had_begun_counts_no_crash(tmp_path):
+    "One worker of a process is about to take its jobs in when a job of the other one ends the process"
+    code = 'import os,signal,sys; from bgtasks.sqlite import SQLiteStore; s = SQLiteStore(sys.argv[1]); ' \
+        's.join("one").add((1, 1)); s.claim("one", ["t"]); s.join("two"); s.claim("two", ["t"], limit=9); ' \
+        'os.kill(os.getpid(), signal.SIGKILL)'
+    store = SQLiteStore(tmp_path/'q.db')
+    store.add([Call(id=new_id(), task='t', payload=b'[[],{}]') for _ in range(4)])
+    subprocess.run([sys.executable, '-c', code, str(tmp_path/'q.db')], env=os.environ|{'PYTHONPATH': str(ROOT)})
+    assert sorted((j.crashes, j.state.value) for j in store.sweep(0))==[*[(0, 'queued')]*3, (1, 'dead')]
+    store.close()
+
 def test_a_key_that_comes_twice_is_one_job_for_an_idle_worker(tmp_path):
     async def main():
         with TaskQueue(SQLiteStore(tmp_path/'q.db', 'process')) as q:
