@@ -207,7 +207,9 @@ def _told():
     try: yield
     except BgTasksError as e: raise click.ClickException(str(e)) from None
 
-def _plain(s): return ''.join(c if c.isprintable() else ' ' for c in s)[:200]
+def _plain(s):
+    s = ''.join(c if c.isprintable() else ' ' for c in s)
+    return s if len(s) <= 200 else s[:199] + '…'
 
 def _unknown(queue):
     "How many jobs wait for each task that this queue doesn't know."
@@ -238,11 +240,16 @@ def show_status(place):
 def list_jobs(place, state, task, limit):
     "List jobs, the latest first: bgtasks jobs app:queue --state dead"
     with _told():
-        found = _queue_at(place).find(state=state, task=task, limit=limit)
+        queue = _queue_at(place)
+        found = queue.find(state=state, task=task, limit=limit+1) # one more tells whether there are more
         wide = max((len(_plain(j.task)) for j in found), default=0)
-        for j in found:
+        for j in found[:limit]:
             why = f'  {_plain(str(j.error))}' if j.error else ''
             click.echo(f'{j.id}  {j.state:9}  {_plain(j.task):{wide}}  tries: {j.tries}{why}')
+        if len(found) > limit: click.echo('There are more; give a higher --limit', err=True)
+        if task and not found and queue.tasks and task not in queue.tasks and not task.startswith('bgtasks.'):
+            has = ', '.join(sorted(queue.tasks))
+            click.echo(f'None found; {place} has no task {_plain(task)}, it has {has}', err=True)
 
 # %% ../nbs/api/55_command.ipynb #c0034eed
 def _each(place, ids, act):

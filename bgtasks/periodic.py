@@ -65,7 +65,7 @@ class Periodic:
 
     def _call(self, task, at):
         try: return replace(task.call(), run_at=at)
-        except Exception: _log.exception('%s has a schedule, so it is called without arguments; that fails', task.name)
+        except Exception: _log.exception('%s has a schedule, and its call could not be made', task.name)
 
 # %% ../nbs/api/37_periodic.ipynb #897e7475
 async def _go_on(self):

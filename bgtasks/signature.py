@@ -39,7 +39,8 @@ def name_secret(
     "Keep a secret, and give a name for it."
     kind,_,rest = str(secret).partition(':')
     if kind in secret_finders and rest: return secret
-    _key(secret)
+    try: _key(secret)
+    except BadOption as e: raise BadOption(f"{e}, or the name of one, such as 'env:HOOK_SECRET'") from None
     name = sha256(secret.encode()).hexdigest()[:16]
     _kept[name] = secret
     return f'sha256:{name}'

@@ -137,6 +137,10 @@ class Task:
         self.codec = Codec(func, self.name, max_payload)
         self._delay,self._run_at,self._after = None,None,()
         self._take(options)
+        try: self.schedule and self.codec.sig.bind()
+        except TypeError as e:
+            raise BadOption(f'{self.name} has a schedule, so it is called without arguments, and that fails: {e}; '
+                            'give its parameters defaults') from None
 
     def _take(self, o):
         "Set what `options` say."
