@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from .checks import Order, _say
+from .checks import Order, _nothing
 from .errors import BadArguments, BgTasksError, JobCancelled, JobFailed, Unsupported, WaitTimeout
 from .job import Notice, State
 from .store import supports
@@ -300,7 +300,7 @@ _bare = dict(find=['find', 'counts', 'waiting'])
 def _not_refused(queue) -> list[str]:
     "What the backend neither supports nor refuses."
     lacks,say = lambda f: not supports(queue.store, f),queue.tasks['checks.say']
-    acts = {f'task({o})': lambda o=o: queue.task(name='checks.refused', **o)(_say)
+    acts = {f'task({o})': lambda o=o: queue.task(name='checks.refused', **o)(_nothing)
             for f,all in _options.items() if lacks(f) for o in all}
     acts |= {f'using({o})': lambda o=o: say.using(**o) for f,all in _usings.items() if lacks(f) for o in all}
     acts |= {f'{v}()': lambda v=v: getattr(queue, v)('x') for f,all in _verbs.items() if lacks(f) for v in all}
