@@ -58,7 +58,10 @@ def _is_queue(o): return hasattr(o, 'tasks') and hasattr(o, 'store') and hasattr
 # %% ../nbs/api/55_command.ipynb #5e8c5078
 _format = '%(asctime)s %(process)d %(levelname)-7s %(message)s'
 
-def _say_more(): logging.basicConfig(level=logging.INFO, format=_format)
+def _say_more():
+    "Log what happens, but no address in full: that of a webhook may hold a secret, and HTTP clients would tell it."
+    logging.basicConfig(level=logging.INFO, format=_format)
+    for name in ('httpx', 'httpx2'): logging.getLogger(name).setLevel(logging.WARNING)
 
 def _refuse(place, queue):
     "Tell why there is nothing for a process beside the app to do, if there isn't."
