@@ -12,7 +12,7 @@ from .extra import need
 need('worker', 'click')
 
 # %% ../nbs/api/55_command.ipynb #781f79b6
-import asyncio, importlib, logging, multiprocessing, os, signal, sys, time
+import asyncio, gc, importlib, logging, multiprocessing, os, signal, sys, time
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
@@ -25,6 +25,7 @@ from .errors import BadOption, BgTasksError
 from .job import State
 from .move import move
 from .queue import TaskQueue
+from .run import close_pool
 from .signals import _usual
 from .store import Backend
 from .worker import Worker
@@ -79,6 +80,8 @@ def _end_with_parent():
     os.kill(os.getpid(), signal.SIGTERM)
 
 def _end():
+    close_pool()
+    gc.collect() # with its semaphores, which would be reported as leaked
     logging.shutdown()
     os._exit(0) # a thread that hangs must not keep the process
 

@@ -18,7 +18,7 @@ import apsw
 from fastcore.basics import patch
 
 from .begun import Begun, read_begun
-from .errors import StoreError
+from .errors import BadOption, StoreError
 
 try: import fcntl
 except ImportError: fcntl = None # no file locks of this kind: a dead worker is known by its lease alone
@@ -52,6 +52,11 @@ def _patient(seconds):
     return wait
 
 # %% ../nbs/api/15_file.ipynb #187a88c4
+def _real(path):
+    "The one name for all names of a file."
+    try: return os.path.realpath(os.fsencode(path)).decode()
+    except (TypeError, ValueError): raise BadOption(f'{path!r} is no path of a file that UTF-8 can write') from None
+
 def _make_private(path):
     "Make the file, readable for its owner only, unless it is there."
     with suppress(FileExistsError): os.close(os.open(path, os.O_CREAT|os.O_EXCL|os.O_RDWR, 0o600))
@@ -121,7 +126,7 @@ class SharedFile:
         setup:Callable      # `setup(connection)`: bring the tables up to date; called in a transaction
     ):
         self.memory = str(path)==':memory:'
-        self.path = ':memory:' if self.memory else os.path.realpath(path) # so for all names of it
+        self.path = ':memory:' if self.memory else _real(path)
         self.sync,self.timeout,self.setup = sync,timeout,setup
         if not self.memory and (lib := apsw.sqlite_lib_version()) and tuple(map(int, lib.split('.'))) < (3, 51, 3):
             raise StoreError(f'SQLite {lib} can corrupt a file that several connections write to (its WAL-reset bug, '

@@ -13,7 +13,7 @@ from typing import Any
 from fastcore.basics import patch
 from msgspec.structs import replace
 
-from .schedule import due, set_back
+from .schedule import due, seconds, set_back
 from .store import claimable
 
 _log = logging.getLogger('bgtasks')
@@ -24,7 +24,7 @@ class Periodic:
     def __init__(self,
         queue:Any,        # A `TaskQueue`
         look:float=1.0    # Seconds between two looks at the clock at most: it may be set, and tasks may be added
-    ): self.queue,self.look,self._last,self._loop = claimable(queue),look,{},None
+    ): self.queue,self.look,self._last,self._loop = claimable(queue),seconds(look, 'look'),{},None
 
     def __repr__(self): return f'Periodic({self.queue!r})'
     async def __aenter__(self) -> 'Periodic':

@@ -156,7 +156,7 @@ def get(self:TaskQueue,
     return self.store.get(_id(job))
 
 def _name(option, v):
-    if v is None or isinstance(v, str): return v and utf8(v)
+    if isinstance(v, str): return utf8(v)
     raise BadOption(f'{option}={v!r}: give a name')
 
 def _number(option, v):
@@ -174,7 +174,8 @@ def find(self:TaskQueue, *,
     "List jobs."
     try: state = None if state is None else State(state)
     except ValueError: raise BadOption(f'state={state!r}: give one of {", ".join(State)}') from None
-    where = dict(task=_name('task', task.name if isinstance(task, Task) else task), queue=_name('queue', queue))
+    names = dict(task=task.name if isinstance(task, Task) else task, queue=queue)
+    where = {k: None if v is None else _name(k, v) for k,v in names.items()}
     if before is not None: where['before'] = _number('before', before.seq if isinstance(before, Job) else before)
     return self.store.find(state=state, limit=_number('limit', limit), **where)
 
@@ -251,7 +252,7 @@ def events(self:TaskQueue,
     after:int|None=None     # Id of the last event already seen; 0: from the beginning; `None`: from now on
 ) -> AsyncIterator[Event]: # Oldest first, and none left out
     "Follow what happens, to one job or to all."
-    return self.feed.follow(None if job is None else _id(job), after)
+    return self.feed.follow(None if job is None else _id(job), None if after is None else _number('after', after))
 
 # %% ../nbs/api/31_queue.ipynb #8a52dbdf
 @patch

@@ -151,7 +151,7 @@ def pack(
 # %% ../nbs/api/20_run.ipynb #c4a01aea
 def _travels(o) -> bool:
     try: pickle.loads(pickle.dumps(o))
-    except Exception: return False
+    except BaseException: return False # `SystemExit` among them: how to pickle it is its own code
     return True
 
 def _homeward(e) -> Exception:
@@ -178,7 +178,7 @@ def _answer(call, job, backend, result, report=None) -> bytes:
         value = _call(func, args, kwargs, backend=lambda: backend)
     except BaseException as e: return pickle.dumps(Outcome(error=_homeward(e)))
     try: return pickle.dumps(Outcome(value if result else None))
-    except Exception as e:
+    except BaseException as e:
         why = f"{task_name(func)} ran, but its result ({type(value).__name__}) can't be sent back: {e}"
     return pickle.dumps(Outcome(error=NotPicklable(why)))
 
@@ -320,7 +320,7 @@ def _no_start(func):
 # %% ../nbs/api/20_run.ipynb #cd2664b6
 def _read(func, outcome):
     try: return pickle.loads(outcome)
-    except Exception as e:
+    except (Exception, SystemExit) as e: # it must not end this program
         why = f"{task_name(func)} ran, but what it gave can't be unpickled here: {type(e).__name__}: {e}"
     return Outcome(error=NotPicklable(why))
 

@@ -34,7 +34,7 @@ def _whole(name, v, low=None, high=2**62):
 def _in_utf8(s): return s==s.encode(errors='ignore').decode()
 
 def _text(name, v, what):
-    if isinstance(v, str) and v and _in_utf8(v): return v
+    if isinstance(v, str) and v and _in_utf8(v): return str.__str__(v) # a member of an enum, too, is a text
     raise BadOption(f'{name}={v!r}: give {what}' + ', in characters that UTF-8 has'*(isinstance(v, str) and v!=''))
 
 def _kinds(name, v):
@@ -65,7 +65,7 @@ class TaskOptions:
 
     def __post_init__(self):
         def put(name, v): object.__setattr__(self, name, v)
-        _text('queue', self.queue, 'a name')
+        put('queue', _text('queue', self.queue, 'a name'))
         _whole('priority', self.priority)
         _whole('retries', self.retries, 0)
         if not isinstance(self.backoff, Backoff): raise BadOption(f'backoff={self.backoff!r}: give a Backoff(base=2)')
@@ -74,7 +74,8 @@ class TaskOptions:
         if self.runner not in (None, 'thread', 'process'):
             raise BadOption(f"runner={self.runner!r}: give 'thread', 'process' or None")
         put('keep', seconds(self.keep, 'keep'))
-        if not (self.key is None or callable(self.key)): _text('key', self.key, 'a text, or a function that gives one')
+        if not (self.key is None or callable(self.key)):
+            put('key', _text('key', self.key, 'a text, or a function that gives one'))
         check_missed(self.missed)
         when(self.cron, self.every, self.tz)
         for name in ('retry_on', 'dont_retry'): put(name, _kinds(name, getattr(self, name)))
@@ -95,7 +96,7 @@ def _ids(v) -> tuple[str, ...]:
     "Give the ids of one job or of several."
     jobs = [v] if isinstance(v, (str, Job)) else list(v) if isinstance(v, Iterable) else [None]
     ids = [j.id if isinstance(j, Job) else j for j in jobs]
-    if all(isinstance(i, str) and i and _in_utf8(i) for i in ids): return tuple(dict.fromkeys(ids))
+    if all(isinstance(i, str) and i and _in_utf8(i) for i in ids): return tuple(dict.fromkeys(map(str.__str__, ids)))
     raise BadOption(f'after={v!r}: give jobs, or ids of jobs')
 
 _as_declared = object()
@@ -198,7 +199,8 @@ class Task:
         res = {} if self._delay is None else {'run_at': self.owner.clock()+self._delay}
         if callable(self.key):
             res['key'] = self.key(*args, **kwargs)
-            if res['key'] is not None: _text(f'{self.name}: the function key= gave key', res['key'], 'a text, or None')
+            if res['key'] is not None:
+                res['key'] = _text(f'{self.name}: the function key= gave key', res['key'], 'a text, or None')
         return res
 
     def enqueue(self, *args, **kwargs) -> Job: # As recorded, or the unfinished one that has its key
@@ -217,7 +219,7 @@ class Task:
         calls:Iterable[tuple|dict] # For each, a tuple of positional arguments, or a dict of named ones
     ) -> list[Job]: # One for each call
         "Record many calls in one commit: all of them, or none."
-        calls = list(calls)
+        calls = list(calls) if isinstance(calls, Iterable) else self._by_name(calls)
         made = [self.call(c, {}, id) if isinstance(c, (tuple, list)) else self.call((), self._by_name(c), id)
                 for c,id in zip(calls, new_ids(len(calls)))]
         jobs = self.owner.store.add(made) if made else []

@@ -8,14 +8,14 @@ __all__ = ['check_numbers', 'queue_names', 'Room', 'Running', 'Turn', 'unwritabl
 # %% ../nbs/api/36_turn.ipynb #320eaf34
 import logging
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from time import monotonic
 from typing import Any
 
 from fastcore.basics import patch
 
 from .errors import BadOption, Unusable
-from .job import Done, Job, State
+from .job import Done, Job, State, utf8
 from .mend import mend
 from .retry import failure
 
@@ -35,8 +35,9 @@ def queue_names(
 ) -> tuple[str, ...]|None:
     "Give the names of queues, or refuse what is no list of names."
     if isinstance(queues, str): raise BadOption(f'Worker(queues={queues!r}): give a list of names: [{queues!r}]')
-    names = queues if queues is None else tuple(queues)
-    if names is None or names and all(isinstance(q, str) for q in names): return names
+    names = queues if queues is None else tuple(queues) if isinstance(queues, Iterable) else ()
+    if names is None: return None
+    if names and all(isinstance(q, str) for q in names): return tuple(map(utf8, names))
     raise BadOption(f'Worker(queues={queues!r}): give the names of one or more queues, or None for all')
 
 # %% ../nbs/api/36_turn.ipynb #7ff289f2

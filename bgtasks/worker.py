@@ -20,7 +20,7 @@ from .attempt import attempt, verdict
 from .begun import Begun, Gate
 from .deliver import know_deliveries
 from .errors import BadOption, ProcessDied, StoreError
-from .job import Done, Outcome, State
+from .job import Done, Outcome, State, utf8
 from .periodic import Periodic
 from .report import Reports, keep_logs
 from .run import _limits, set_limits
@@ -47,11 +47,11 @@ class Worker:
     ):
         check_numbers(int, concurrency=(concurrency, 1), threads=(threads, 1), max_crashes=(max_crashes, 0))
         check_numbers((int, float), lease=(lease, .5), grace=(grace, 0))
-        if name is not None and not isinstance(name, str): raise BadOption(f'Worker(name={name!r}): give a text')
+        if not (name is None or isinstance(name, str)): raise BadOption(f'Worker(name={name!r}): give a text')
         if processes is not None: check_numbers(int, processes=(processes, 1)); set_limits(processes=processes)
         self.queue,self.queues,self.lease,self.grace = queue,queue_names(queues),lease,grace
         self.max_crashes,self.limits = max_crashes,{None:concurrency, 'thread':threads, 'process':_limits['processes']}
-        self.name,self._given,self._pump_task,self._periodic = name,name,None,Periodic(queue)
+        self.name,self._given,self._pump_task,self._periodic = name,name and utf8(name),None,Periodic(queue)
 
     def __repr__(self): return f'Worker({self.name or "not started"})'
 

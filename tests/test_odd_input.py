@@ -1,14 +1,17 @@
 "What nobody sane would pass: refused in words where it is passed, or run, and never an error of Python's inside."
 import asyncio, contextvars, sys, threading
 from datetime import UTC, datetime, timedelta, timezone
+from enum import StrEnum
 
 import pytest
 
 from bgtasks.background import BackgroundTask
-from bgtasks.errors import BgTasksError, JobFailed, Retry, TaskTimeout
+from bgtasks.errors import BgTasksError, JobFailed, NotPicklable, RemoteError, Retry, TaskTimeout
 from bgtasks.job import Outcome
+from bgtasks.periodic import Periodic
 from bgtasks.queue import TaskQueue
 from bgtasks.report import progress
+from bgtasks.run import run as compute
 from bgtasks.sqlite import SQLiteStore
 from bgtasks.worker import Worker
 
@@ -242,3 +245,64 @@ async def test_a_background_task_that_takes_too_long_is_logged_in_a_line(anyio_b
         caplog.clear()
         with pytest.raises((TaskTimeout, ValueError)): await task()
         assert [bool(r.exc_info) for r in caplog.records]==[framed]
+
+class Text(str): pass
+class Lane(StrEnum): mail = 'mail'
+
+@pytest.mark.anyio
+@pytest.mark.parametrize('name', [Lane.mail, Text('mail')], ids=['enum', 'subclass'])
+async def test_a_name_that_is_a_kind_of_text(anyio_backend, queue, name):
+    "A member of an enum, or what a template made, is a text; a job has the plain one from the start"
+    f = queue.task(lambda: 1, name=name, queue=name, key=name)
+    job = f.enqueue()
+    assert [type(o) for o in (job.task, job.queue, job.key)]==[str]*3 and job==queue.get(job)
+    other = queue.task(lambda: 2, name='other', key=lambda: name)
+    assert other.enqueue().id==job.id
+    later = other.using(key=None, after=Text(job.id)).enqueue()
+    assert later.after==(job.id,) and await run(queue, job, queues=[name], name=name)==[1]
+    assert await run(queue, later)==[2]
+
+def test_what_is_no_list_and_no_number_is_named(queue):
+    f = queue.task(lambda x: 1, name='f')
+    for bad in (5, None, 1.5, f):
+        with pytest.raises(BgTasksError, match='enqueue_many takes'): f.enqueue_many(bad)
+    for bad in (5, 1.5, object(), 'q', [], [1]):
+        with pytest.raises(BgTasksError, match='queues='): Worker(queue, queues=bad)
+    assert Worker(queue, queues=(q for q in ['a\ud800'])).queues==('a\\ud800',) # as `pause` and `find` have it
+    for bad in (-1, 1.5, '1', b'1', True, float('nan'), -10**400, object()):
+        with pytest.raises(BgTasksError, match='after='): queue.events(after=bad)
+    for verb in (queue.pause, queue.resume):
+        with pytest.raises(BgTasksError, match='queue=None'): verb(None)
+    for bad in (-1, 'x', None, float('nan'), object()):
+        with pytest.raises(BgTasksError, match='look='): Periodic(queue, bad)
+
+@pytest.mark.parametrize('path', ['a\0b', '\ud800.db', '\udcff.db', b'\xff', 5, object()], ids=repr)
+def test_a_path_that_is_none(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for make in (SQLiteStore, TaskQueue):
+        with pytest.raises(BgTasksError, match=r'is no path of a file|give the path of a file'): make(path)
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.anyio
+async def test_the_name_of_a_worker_that_utf8_does_not_have(anyio_backend, queue):
+    job = queue.task(lambda: 1, name='f').enqueue()
+    assert await run(queue, job, name='w\ud800')==[1] and queue.get(job).worker=='w\\ud800'
+
+class Leaves(Exception):
+    def __reduce__(self): return sys.exit, (3,)
+class Refuses:
+    def __reduce__(self): sys.exit(4)
+class Leaver:
+    def __reduce__(self): return sys.exit, (5,)
+def leaving(): raise Leaves('bye')
+def refusing(): return Refuses()
+def left(): return Leaver()
+
+@pytest.mark.anyio
+@pytest.mark.parametrize('func', [leaving, refusing, left])
+async def test_what_ends_a_program_when_it_is_pickled(anyio_backend, func):
+    "The way home from a process runs code of the task's own; a server must not end by it"
+    task = BackgroundTask(func).using(runner='process')
+    if func is leaving:
+        with pytest.raises(RemoteError, match='bye'): await task()
+    else: assert isinstance((await compute(func, runner='process')).error, NotPicklable)

@@ -118,6 +118,13 @@ def test_command_runs_jobs_and_ends_on_sigterm(folder, queue):
     assert c.p.returncode==0, said
     assert 'Told to stop' in said and 'Traceback' not in said
 
+def test_a_worker_that_has_used_processes_leaves_nothing_behind(folder, queue):
+    with Command(folder) as c:
+        job = record(queue, 'afar', 1)
+        until(lambda: state(queue, job)=='succeeded')
+        said = c.stop()
+    assert c.p.returncode==0 and 'leaked' not in said, said
+
 def test_sigterm_gives_back_what_does_not_end_in_time(folder, queue):
     with Command(folder, '--grace', '0.2') as c:
         jobs = [record(queue, 'wait', 3600), record(queue, 'block', 3600)]
