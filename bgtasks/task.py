@@ -14,7 +14,7 @@ from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
+from msgspec import json, structs
 from starlette.background import BackgroundTask as StarletteTask
 
 from .codec import Codec
@@ -82,6 +82,8 @@ class TaskOptions:
         put('notify', tuple(self.notify) if isinstance(self.notify, (list, tuple)) else (self.notify,))
         if odd := [n for n in self.notify if not isinstance(n, Notice)]:
             raise BadOption(f'notify={odd[0]!r}: give webhook(…) or email(…) of bgtasks.notify, or a list of them')
+        try: json.encode(self.notify)
+        except Exception as e: raise BadOption(f"notify={self.notify!r}: it can't be recorded: {e}") from None
 
 # %% ../nbs/api/25_task.ipynb #a21d674d
 def _time(v) -> float:

@@ -26,6 +26,7 @@ from starlette.websockets import WebSocketDisconnect
 from .errors import BadOption, Unsupported
 from .job import Job, State
 from .live import EventStream, Live, describe, over_websocket
+from .schedule import seconds
 from .status import asset, job_status, status_head
 from .worker import Worker
 
@@ -261,10 +262,15 @@ def routes(
     stall:float=10.0                  # Seconds that a reader may let the server wait before it is dropped
 ) -> list: # For `routes=`, or to add to `app.routes`
     "Make the routes by which visitors see, follow and cancel jobs."
-    if prefix and (not prefix.startswith('/') or prefix.endswith('/')):
+    if not hasattr(queue, 'feed'): raise BadOption(f'routes({queue!r}): give a TaskQueue')
+    if not isinstance(prefix, str) or prefix and (not prefix.startswith('/') or prefix.endswith('/')):
         raise BadOption(f"routes(prefix={prefix!r}): give a path like '/jobs', with a slash before it and none after")
     if auth is not None and not callable(auth):
         raise BadOption(f'routes(auth={auth!r}): give a function of the request and the job')
+    if isinstance(origins, str) or not isinstance(origins, Collection):
+        raise BadOption(f"routes(origins={origins!r}): give a list, such as ['https://app.example.org']")
+    heartbeat,stall = seconds(heartbeat, 'heartbeat'),seconds(stall, 'stall')
+    if not (heartbeat and stall): raise BadOption(f'routes(heartbeat={heartbeat:g}, stall={stall:g}): give more than 0')
     desk = _Desk(queue, auth, card, origins, Live(queue, heartbeat=heartbeat, stall=stall, logs=logs))
     all_,one = f'{prefix}/events',f'{prefix}/{{id}}'
     return [Route(f'{prefix}/script', _file('js', 'text/javascript')),

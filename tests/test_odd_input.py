@@ -7,12 +7,13 @@ import pytest
 
 from bgtasks.background import BackgroundTask
 from bgtasks.errors import BgTasksError, JobFailed, NotPicklable, RemoteError, Retry, TaskTimeout
-from bgtasks.job import Outcome
+from bgtasks.job import Notice, Outcome
 from bgtasks.periodic import Periodic
 from bgtasks.queue import TaskQueue
 from bgtasks.report import progress
 from bgtasks.run import run as compute
 from bgtasks.sqlite import SQLiteStore
+from bgtasks.web import routes
 from bgtasks.worker import Worker
 
 HUGE = 2**62, 2**63-1, 2**63, 2**70+1, 10**400
@@ -306,3 +307,16 @@ async def test_what_ends_a_program_when_it_is_pickled(anyio_backend, func):
     if func is leaving:
         with pytest.raises(RemoteError, match='bye'): await task()
     else: assert isinstance((await compute(func, runner='process')).error, NotPicklable)
+
+@pytest.mark.parametrize('bad', ['\ud800', {1, object()}], ids=['surrogate', 'object'])
+def test_a_notice_that_can_not_be_recorded(queue, bad):
+    "It is refused where it is declared: all calls of the task would fail"
+    with pytest.raises(BgTasksError, match="notify=.* can't be recorded"):
+        queue.task(lambda: 1, name='f', notify=Notice(task='tell', args=(bad,)))
+
+@pytest.mark.parametrize('option', [dict(queue='q.db'), dict(prefix=5), dict(prefix=None),
+    dict(origins='https://a.org'), dict(origins=None), dict(heartbeat=0), dict(heartbeat=float('nan')),
+    dict(stall='x'), dict(stall=None)], ids=repr)
+def test_routes_that_could_not_serve(queue, option):
+    with pytest.raises(BgTasksError, match=f'{option.get("queue", next(iter(option)))}'):
+        routes(**({'queue': queue} | option))
