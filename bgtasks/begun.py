@@ -79,7 +79,7 @@ class Gate:
     ):
         self.begun,self.crashes = begun,max(1, min(2, max_crashes)) # who has lost so many workers is suspected
         self.last,self.until,self.alone = 0.0,0.0,None # the last start; when it opens again; the attempt that is alone
-        self.rest = 0.0 # until then those who are not suspected come first
+        self.rest,self.brief = 0.0,False # until then others come first; was the last one alone quick?
 
     def __repr__(self): return f'Gate({"shut" if self.until else "open"}, {self.begun})'
 
@@ -113,8 +113,15 @@ class Gate:
         if not self.until or now < self.until and waits: return False
         if self.alone:
             self.begun.acquit(self.alone)
+            self.brief = self.alone not in self.begun
             self.rest,self.last = now+min(now-self.last, _quiet),0.0 # all others have had their time
         self.until,self.alone = 0.0,None
+        return True
+
+    def hurries(self) -> bool: # Only if it was resting
+        "End the rest after a quick one, if nothing has begun in it: there are no others who wait."
+        if not (self.rest and self.brief) or self.last or self.until: return False
+        self.rest = 0.0
         return True
 
     def wakes(self,

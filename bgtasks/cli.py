@@ -31,6 +31,7 @@ COMMANDS = dict(
     jobs=Command('bgtasks.command:list_jobs', 'worker', 'List jobs, such as the dead ones with their errors.'),
     move=Command('bgtasks.command:move_jobs', 'worker', 'Hand the waiting jobs of a file to another engine.'),
     retry=Command('bgtasks.command:retry_jobs', 'worker', 'Queue dead or cancelled jobs again.'),
+    show=Command('bgtasks.command:show_job', 'worker', 'Tell all of one job, such as the traceback of a dead one.'),
     status=Command('bgtasks.command:show_status', 'worker', 'Count the jobs, and tell what waits.'),
     worker=Command('bgtasks.command:worker', 'worker', 'Run the jobs of a queue, beside the app or without one.'))
 

@@ -199,6 +199,7 @@ def _take_in(self:Worker, jobs, now):
         if some: room.moved = now
     self._gate.opens(now)
     for room in sorted(self._rooms.values(), key=Room.trust): self._fill(room)
+    if self._gate.hurries(): self._take_in([], now)
 
 @patch
 def _bear(self:Worker, turn, now):
