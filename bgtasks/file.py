@@ -341,7 +341,7 @@ def lock(self:SharedFile,
                 if (fd := self._seize(name, os.O_CREAT)) is None: continue
                 self._locks[name] = fd
                 try: return Begun(self._lock_path(name))
-                except OSError: return Begun()
+                except OSError: os.ftruncate(fd, 0); return Begun() # what another has left there is no longer true
     except OSError as e: raise StoreError(f"{e.filename}: can't be made for worker {name!r} ({e.strerror})") from None
     raise StoreError(f'a worker named {name!r} is at work on {self.path} already; give each its own name')
 
