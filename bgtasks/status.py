@@ -12,6 +12,7 @@ from typing import Any
 
 from fastcore.xml import FT, ft
 
+from .errors import BadOption
 from .job import Job, State
 
 # %% ../nbs/api/43_status.ipynb #b0072623
@@ -58,6 +59,8 @@ def job_status(
     words:dict[str, str]={} # Other words for the states, and for `'cancel'`, `'notify'` and `'offline'`
 ) -> FT: # An element `job-status`
     "Show `job` as it is now; the script of `status_head` keeps it up to date."
+    if not isinstance(job, Job):
+        raise BadOption(f'job_status({job!r}): give a Job, as enqueue and get do; get gives None for one that is gone')
     said,title = _SAID | dict(cancel='Cancel', notify='Tell me when it is done',
                               offline='No connection. Trying again …') | words,title or _title(job)
     again = f', attempt {job.tries} of {job.retries+1}' if job.tries > 1 and job.state is not State.succeeded else ''
