@@ -280,10 +280,10 @@ def test_a_move_that_is_killed_is_ended_by_the_next_and_each_job_runs_once(stage
         def once(mark:str): raise AssertionError('the file has no worker')
         jobs = old.task(once, name='once', queue=stage.name).enqueue_many([(f'm{i}',) for i in range(300)])
     env,stopped = stage.environ(),0
-    for n in range(100):
+    for n in range(40):
         p = live.Process(sys.executable, '-c', MOVE, file, env=env)
-        until(lambda: 'moving' in p.said() or p.popen.poll() is not None)
-        time.sleep(.02*(n+1)) # each is given longer, so that on a slow machine, too, the last one comes to the end
+        until(lambda: 'moving' in p.said() or p.popen.poll() is not None, every=.005)
+        time.sleep(.005*1.3**n) # each is given longer, so that on a slow machine, too, the last one comes to the end
         ended = p.popen.poll()
         p.kill()
         if ended is not None: break
